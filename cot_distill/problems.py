@@ -146,7 +146,7 @@ TEMPLATES = (  # (question, first step, second step); m = first result, r = fina
 
 # %% ../nbs/lib/problems.ipynb #1b66b16b
 def _numbers(rng: random.Random) -> dict[str, int]:
-    "Numbers of one problem, sized so that every result is a positive whole number"
+    "Numbers of one problem, small enough for mental arithmetic"
     a, b, d = rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 6)
     lost = max(a, b)
     return {"a": a, "b": b, "c": rng.randint(lost + 1, lost + 12), "d": d, "e": a * d + rng.randint(1, 20)}
@@ -191,7 +191,7 @@ def two_step_rows(
     rng, seen = random.Random(f"two-step-{split}"), set()
     while True:
         row = two_step_problem(len(seen) % len(TEMPLATES), rng, _numbers(rng))
-        if _split_of(row["question"]) == split and row["question"] not in seen:
+        if _split_of(row["question"]) == split and "-" not in split_solution(row["answer"])[0] and row["question"] not in seen:
             seen.add(row["question"])
             yield row
 
