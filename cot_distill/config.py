@@ -128,7 +128,7 @@ class EvalConfig(Part):
     "How students are decoded and scored"
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(512, ge=1)  # a longer completion counts as truncated
     slots: int = Field(32, ge=1)  # sequences decoded side by side
     n_samples: int = Field(1, ge=1)  # > 1: pass@k and maj@k
     temperature: float = Field(0.0, ge=0)
@@ -259,18 +259,28 @@ def load_study(
 
 def _set_key(data: dict, key: str, value: str, base_dir: Path) -> None:
     "Apply one override in place; a path is given relative to the working directory"
-    try:
-        parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
+    names, parsed = _dotted(key, value)
     if isinstance(parsed, str) and is_path(parsed) and not parsed.startswith("~"):
         parsed = os.path.relpath(parsed, base_dir)
-    *parents, last = key.split(".")
-    for name in parents:
+    for name in names[:-1]:
         data = data[int(name)] if isinstance(data, list) else data.setdefault(name, {})
         if not isinstance(data, dict | list):
             raise InputError(f"--set {key}={value}: {name!r} is a value, not a table")
-    data[int(last) if isinstance(data, list) else last] = parsed
+    data[int(names[-1]) if isinstance(data, list) else names[-1]] = parsed
+
+
+def _dotted(key: str, value: str) -> tuple[list[str], Any]:
+    "Names of a dotted TOML key (quotes allowed) and its value; a value that is no TOML is text"
+    for text in (value, json.dumps(value)):
+        try:
+            names, table = [], tomllib.loads(f"{key} = 0")
+            while isinstance(table, dict):
+                names.append(next(iter(table)))
+                table = table[names[-1]]
+            return names, tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError:
+            continue
+    raise InputError(f"--set {key}={value}: {key!r} is no dotted key such as train.learning_rate")
 
 # %% ../nbs/lib/config.ipynb #b7169500
 def with_limit(
