@@ -71,6 +71,7 @@ class TeacherConfig(Part):
     api_key_env: str | None = None  # NAME of the environment variable, never the key
     sdk: Literal["google-generativeai", "google-genai"] = "google-generativeai"  # gemini only
     path: str | None = None  # recorded only: a ledger, parquet or JSONL; `package:` ships with us
+    calculator_marks: bool = True  # human only: keep GSM8K notes such as <<48/2=24>>
     extra_body: dict[str, Any] = Field(default_factory=dict)  # provider's own switches
     rpm: float | None = Field(None, gt=0)  # requests a minute; None: adapt to the provider
     tpm: float | None = Field(None, gt=0)  # tokens a minute, max_tokens included
@@ -194,6 +195,8 @@ def is_path(
     text: str,  # value of `source`, `model` or `path` in a study
 ) -> bool:  # True for `./x`, `/x`, `~/x`, `x.jsonl`; False for `gsm8k`, `org/model`
     "Whether a setting names a file or folder rather than a known name or hub id"
+    if text.startswith("package:"):  # ships with us: cot_distill/recorded/
+        return False
     return text.startswith((".", "/", "~")) or text.lower().endswith(FILE_ENDINGS)
 
 
