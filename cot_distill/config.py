@@ -335,7 +335,7 @@ def _toml_value(value: Any) -> str:
 
 def _toml_key(key: str) -> str:
     "A TOML key, quoted when it must be"
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
 def _toml_lines(data: Mapping[str, Any], prefix: str = "") -> list[str]:

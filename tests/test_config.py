@@ -1,0 +1,156 @@
+"The study file: what is refused, in which words, and that nothing is lost on the way to the run folder"
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cot_distill.config import difference, load_study, parse_study, to_toml, with_limit
+from cot_distill.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+TINY = {
+    "name": "tiny",
+    "problems": {"source": "two-step"},
+    "eval_sets": [{"name": "two-step", "source": "two-step"}],
+    "teachers": {"human": {"provider": "human"}},
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_studies_load_and_carry_their_file_name(path: Path):
+    assert load_study(path).name == path.stem
+
+
+def test_the_study_as_asked_for_is_configured():
+    study = load_study(next(p for p in CONFIGS if p.stem == "gsm8k"))
+    assert set(study.teachers) == {"gpt-4o-mini", "deepseek", "gemini", "human"}
+    assert study.student.model == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert study.student.quantization == "nf4"
+    recipe = study.train
+    assert (recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout) == (64, 128, 0.08)
+    assert (recipe.learning_rate, recipe.warmup_frac, recipe.epochs) == (1e-5, 0.1, 2)
+    assert (recipe.batch_size, recipe.gradient_accumulation) == (4, 4)
+    assert study.eval.temperature == 0
+    keys = {t.api_key_env for t in study.teachers.values()} - {None}
+    assert keys == {"OPENAI_API_KEY", "DEEPSEEK_API_KEY", "GEMINI_API_KEY"}
+
+
+BAD = {
+    "misspelt": ({"train": {"learning_rte": 1e-4}}, "did you mean 'learning_rate'"),
+    "misspelt table": ({"trian": {}}, "did you mean 'train'"),
+    "misspelt teacher key": (
+        {"teachers": {"x": {"provider": "human", "modle": "y"}}},
+        "did you mean 'model'",
+    ),
+    "misspelt set key": ({"eval_sets": [{"name": "a", "sauce": "b"}]}, "did you mean 'source'"),
+    "unknown provider": ({"teachers": {"x": {"provider": "opnai"}}}, "teachers.x.provider"),
+    "teacher called base": ({"teachers": {"base": {"provider": "human"}}}, "untrained student"),
+    "teacher with a slash": ({"teachers": {"../x": {"provider": "human"}}}, "folder name"),
+    "no teacher": ({"teachers": {}}, "teachers"),
+    "negative rate": ({"train": {"learning_rate": -1}}, "train.learning_rate"),
+    "prompt without question": ({"student": {"prompt_template": "hi"}}, "{question}"),
+    "two sets of one name": ({"eval_sets": TINY["eval_sets"] * 2}, "different names"),
+    "text for a number": ({"seed": "many"}, "seed"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_gets_a_sentence(change: dict, says: str):
+    with pytest.raises(InputError) as err:
+        parse_study(TINY | change)
+    assert says in str(err.value)
+    assert "\n" not in str(err.value)
+
+
+def test_a_missing_table_is_named():
+    with pytest.raises(InputError, match="'problems' is missing"):
+        parse_study({k: v for k, v in TINY.items() if k != "problems"})
+
+
+def test_files_that_are_no_study(tmp_path: Path):
+    with pytest.raises(InputError, match="no study at"):
+        load_study(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_bytes(b"name = \xff")
+    with pytest.raises(InputError, match="not a TOML file"):
+        load_study(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_written_and_read_back_is_the_same_study(path: Path, tmp_path: Path):
+    study = load_study(path)
+    (tmp_path / "config.toml").write_text(to_toml(study, tmp_path))
+    again = load_study(tmp_path / "config.toml")
+    assert difference(study.model_dump(), again.model_dump()) == {}
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@given(
+    description=text,
+    key=text.filter(bool),
+    value=st.one_of(text, st.integers(-(2**62), 2**62), st.booleans(), st.floats(-1e300, 1e300)),
+)
+def test_any_text_survives_the_toml(description: str, key: str, value: object):
+    study = parse_study(
+        TINY
+        | {
+            "description": description,
+            "teachers": {
+                "x": {"provider": "openai", "extra_body": {key: value, "deep": {"er": [value]}}}
+            },
+        }
+    )
+    again = parse_study(tomllib.loads(to_toml(study)))
+    assert again == study
+
+
+def test_relative_paths_start_at_the_studys_folder_and_move_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a").mkdir()
+    data = TINY | {"problems": {"source": "./mine.jsonl"}}
+    (tmp_path / "a" / "study.toml").write_text(to_toml(parse_study(data)))
+    study = load_study(tmp_path / "a" / "study.toml")
+    assert Path(study.source("./mine.jsonl")) == tmp_path / "a" / "mine.jsonl"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(study, tmp_path / "run"))
+    moved = load_study(tmp_path / "run" / "config.toml")
+    assert moved.problems.source == "../a/mine.jsonl"
+    assert Path(moved.source(moved.problems.source)) == tmp_path / "a" / "mine.jsonl"
+
+
+def test_overrides_reach_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    path = tmp_path / "configs" / "s.toml"
+    path.write_text(to_toml(parse_study(TINY)))
+    study = load_study(
+        path,
+        overrides={
+            "train.learning_rate": "1e-4",
+            "eval_sets.0.limit": "7",
+            'teachers."a.b".provider': "human",
+            "problems.source": "./p.jsonl",
+        },
+    )
+    assert (study.train.learning_rate, study.eval_sets[0].limit) == (1e-4, 7)
+    assert study.teachers["a.b"].provider == "human"
+    assert (
+        study.path(study.problems.source) == tmp_path / "p.jsonl"
+        or study.path(study.problems.source).resolve() == tmp_path / "p.jsonl"
+    )
+    with pytest.raises(InputError, match="no dotted key"):
+        load_study(path, overrides={"train learning": "1"})
+    with pytest.raises(InputError, match="is a value"):
+        load_study(path, overrides={"seed.x": "1"})
+
+
+def test_a_limit_cuts_every_set_and_never_raises_one():
+    study = with_limit(parse_study(TINY | {"problems": {"source": "two-step", "limit": 3}}), 5)
+    assert (study.problems.limit, study.eval_sets[0].limit) == (3, 5)
+    with pytest.raises(InputError, match="limit must be >= 1"):
+        with_limit(study, 0)

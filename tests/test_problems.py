@@ -1,0 +1,146 @@
+"Problems: what a row may look like, what is set aside, and that train and test stay apart"
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cot_distill.errors import InputError
+from cot_distill.problems import load_problems, parse_rows, split_solution
+
+GOOD = {"question": "2 + 3?", "answer": "so 5\n#### 5"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_bytes(
+        b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "solution"),
+    [
+        (GOOD, "5", "so 5\n#### 5"),
+        ({"question": "q", "answer": "1,234"}, "1,234", None),
+        ({"question": "q", "answer": "x #### 1,234"}, "1234", "x #### 1,234"),
+        ({"question": "q", "answer": "a #### 1 b #### 2"}, "2", "a #### 1 b #### 2"),
+        ({"problem": "q", "target": 7}, "7", None),
+        ({"question": "q", "reference_answer": "8", "solution": "it is 8"}, "8", "it is 8"),
+        ({"question": "q", "answer": 0}, "0", None),
+    ],
+)
+def test_rows_in_the_forms_that_data_sets_use(row: dict, answer: str, solution: str | None):
+    (problem,), set_aside = parse_rows([row], "x")
+    assert (problem.reference_answer, problem.solution, set_aside) == (answer, solution, [])
+
+
+def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = write(
+        tmp_path / "p.jsonl",
+        GOOD,
+        {"question": "", "answer": "1"},
+        {"question": "q"},
+        {"question": "q", "answer": "x ####"},
+        b"{torn",
+        b'{"question": "\xff"}',
+        [1, 2],
+        None,
+        GOOD,
+        {"question": "last", "answer": "9"},
+    )
+    problems = load_problems(str(path), quarantine=tmp_path / "quarantine.jsonl")
+    assert [p.reference_answer for p in problems] == ["5", "9"]
+    rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rows] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert "no question" in rows[0]["reason"] and "no answer" in rows[1]["reason"]
+    assert "same question as row 1" in rows[-1]["reason"]
+    assert "2 problems, 8 rows set aside" in capsys.readouterr().err
+
+
+def test_ids_do_not_shift_with_limit_and_offset(tmp_path: Path):
+    path = write(tmp_path / "p.jsonl", *({"question": f"q{i}", "answer": str(i)} for i in range(9)))
+    all_ids = [p.problem_id for p in load_problems(str(path))]
+    assert [p.problem_id for p in load_problems(str(path), limit=3, offset=4)] == all_ids[4:7]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+def test_every_file_kind_gives_the_same_problems(suffix: str, tmp_path: Path):
+    import pandas as pd
+
+    frame = pd.DataFrame([{"question": "q1", "answer": "007"}, {"question": "q2", "answer": "8"}])
+    path = tmp_path / f"p{suffix}"
+    {
+        ".jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        ".json": lambda: frame.to_json(path, orient="records"),
+        ".parquet": lambda: frame.to_parquet(path),
+        ".csv": lambda: frame.to_csv(path, index=False),
+    }[suffix]()
+    assert [(p.question, p.reference_answer) for p in load_problems(str(path))] == [
+        ("q1", "007"),
+        ("q2", "8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("gsm9k", "known: gsm8k"),
+        ("./none.jsonl", "no problem file"),
+        ("wrong.jsonl", "no question"),
+        ("empty.jsonl", "it is empty"),
+        ("x.parquet", "cannot be read"),
+        ("x.json", "cannot be read"),
+    ],
+)
+def test_a_source_that_cannot_be_used_gets_a_sentence(
+    source: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "wrong.jsonl", {"frage": "q", "antwort": "1"})
+    for name in ("empty.jsonl", "x.parquet", "x.json"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=re.escape(says)):
+        load_problems(source)
+
+
+def test_two_step_splits_share_no_numbers_and_answers_hold():
+    train, test = load_problems("two-step", "train", 1000), load_problems("two-step", "test", 400)
+    numbers = [{tuple(sorted(re.findall(r"\d+", p.question))) for p in ps} for ps in (train, test)]
+    assert not numbers[0] & numbers[1]
+    assert len({p.question for p in train + test}) == 1400
+    for problem in train + test:
+        steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", problem.solution)
+        assert len(steps) == 2
+        for left, operator, right, result in steps:
+            assert {
+                "+": int(left) + int(right),
+                "-": int(left) - int(right),
+                "*": int(left) * int(right),
+            }[operator] == int(result)
+        assert steps[-1][-1] == problem.reference_answer
+
+
+def test_a_longer_draw_begins_like_a_shorter_one():
+    assert load_problems("two-step", limit=50)[:20] == load_problems("two-step", limit=20)
+
+
+def test_gsm_symbolic_has_answers_that_agree_with_its_solutions():
+    pytest.importorskip("reasoning_gym")
+    problems = load_problems("gsm-symbolic", "test", 30)
+    assert len(problems) == 30
+    assert all("####" in p.solution for p in problems)
+    assert not {p.question for p in problems} & {
+        p.question for p in load_problems("gsm-symbolic", "train", 30)
+    }
+
+
+@given(
+    st.integers(-(10**12), 10**12),
+    st.text(max_size=50).filter(lambda s: "####" not in s and not s.endswith("#")),
+)
+def test_the_answer_behind_the_marks_comes_back(number: int, solution: str):
+    assert split_solution(f"{solution}\n#### {number:,}")[0] == str(number)
