@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, exit_code_of
+from .keys import KEY_SHAPES
 from .runs import write_json
 
 # %% ../nbs/lib/execute.ipynb #10fac600
@@ -126,7 +127,8 @@ def scrub(
     secrets: list[str],  # from `secret_values`
     places: Mapping[str, str],  # folder -> what to show instead
 ) -> str:  # the text without them
-    "Replace keys and this machine's folders"
+    "Replace keys, whatever is shaped like one, and this machine's folders"
+    text = KEY_SHAPES.sub("[key removed]", text)
     for value in secrets:
         for form in {value, json.dumps(value)[1:-1]}:
             text = text.replace(form, "[key removed]")

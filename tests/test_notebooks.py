@@ -1,0 +1,90 @@
+"The notebooks are lesson, source and test at once: they run, they agree with the library, they can be given parameters"
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import papermill
+import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NUMBERED = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
+STAGES = [p for p in NUMBERED if p.name[:2] in ("01", "02", "03")]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "nbs").with_suffix(""))
+
+
+def cells(path: Path) -> list[dict]:
+    return [c | {"source": "".join(c["source"])} for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_runs_top_to_bottom(path: Path, capfd: pytest.CaptureFixture) -> None:
+    "What `nbdev_test` does, notebook by notebook"
+    here, found = os.getcwd(), list(sys.path)
+    try:
+        passed, _ = run_notebook(path, skip_flags=get_config().tst_flags.split())
+    finally:
+        os.chdir(here)
+        sys.path[:] = found
+    assert passed, capfd.readouterr().err[-4000:]
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name)
+def test_declares_its_parameters(path: Path) -> None:
+    "Without the tag papermill runs every teacher as the default one and exits 0"
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assert set(papermill.inspect_notebook(str(path))) == {"config", "teacher", "limit", "run_dir"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_is_written_as_a_chapter(path: Path) -> None:
+    "Title and one line first; exported cells short; outputs without this machine in them"
+    all_cells = cells(path)
+    assert re.match(r"# .+\n> .+", all_cells[0]["source"]), "first cell: `# Title`, then `> one line`"
+    long = {c["source"].splitlines()[1]: n for c in all_cells if c["source"].startswith("#| export") and (n := sum(1 for line in c["source"].splitlines() if line.strip())) > 41}
+    assert not long, f"exported cells over 40 lines: {long}"
+    outputs = json.dumps([c.get("outputs", []) for c in all_cells])
+    assert str(ROOT) not in outputs and str(Path.home()) + "/" not in outputs
+    assert path.stat().st_size <= 300_000
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A copy of what the sync check touches"
+    copy = tmp_path_factory.mktemp("checkout")
+    for item in ("nbs", "cot_distill", "tools", "settings.ini", "README.md"):
+        source = ROOT / item
+        if source.is_dir():
+            shutil.copytree(source, copy / item, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        elif source.exists():
+            shutil.copy(source, copy / item)
+    return copy
+
+
+def check(checkout: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, checkout / "tools" / "check_sync.py"], cwd=checkout, capture_output=True, text=True)
+
+
+def test_notebooks_library_and_readme_agree(checkout: Path) -> None:
+    done = check(checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_library_edited_by_hand_is_found(checkout: Path) -> None:
+    module = checkout / "cot_distill" / "errors.py"
+    before = module.read_text(encoding="utf-8")
+    module.write_text(before.replace("exit_code = 75", "exit_code = 76"), encoding="utf-8")
+    done = check(checkout)
+    assert done.returncode == 1 and "cot_distill/errors.py" in done.stderr
+    assert module.read_text(encoding="utf-8") == before

@@ -1,0 +1,40 @@
+"""Write README.md from nbs/index.ipynb with nbconvert (nbdev's own command wants Quarto).
+
+python tools/readme.py           write it
+python tools/readme.py --check   exit 1 when it is not up to date
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def readme_text() -> str:
+    "README.md as the notebook has it now"
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.cells = [c for c in notebook.cells if not re.match(r"#\|\s*hide\b", c.source)]
+    for cell in notebook.cells:
+        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
+    body, _ = MarkdownExporter().from_notebook_node(notebook)
+    note = "<!-- written by tools/readme.py from nbs/index.ipynb: edit the notebook -->\n\n"
+    return note + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+
+
+def main() -> None:
+    if not (ROOT / "nbs" / "index.ipynb").exists():
+        return
+    target, text = ROOT / "README.md", readme_text()
+    if "--check" in sys.argv:
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            sys.exit("README.md is not what nbs/index.ipynb says; run: python tools/readme.py")
+        return
+    target.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
