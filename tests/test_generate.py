@@ -1,0 +1,319 @@
+"""Generation against real loopback sockets: every fault, what is sent, what the ledger holds afterwards."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from faulty_server import FaultyServer, Reply, completion, error
+
+from cot_distill.config import parse_study
+from cot_distill.errors import CotDistillError, InputError, Interrupted, ResumeLater
+from cot_distill.generate import COLUMNS, run_generate
+from cot_distill.problems import load_problems
+from cot_distill.runs import RunFolder
+
+GOOD = Reply(body=completion())
+
+
+def make_study(url: str, n: int = 1, teacher: dict | None = None, **generate):
+    "A study of n problems with one teacher at `url`, impatient enough for a test"
+    settings = {"deadline_s": 1.0, "max_attempts": 3, "max_tokens": 64, "keep_wrong": True} | generate
+    return parse_study(
+        {
+            "name": "faults",
+            "problems": {"source": "two-step", "limit": n},
+            "eval_sets": [{"name": "two-step", "source": "two-step", "limit": 2}],
+            "teachers": {"t": {"provider": "openai", "model": "test-model", "base_url": url, "max_in_flight": 4, "usd_per_million_input": 1.0, "usd_per_million_output": 2.0} | (teacher or {})},
+            "generate": settings,
+        }
+    )
+
+
+def attempts(run: RunFolder) -> list[dict]:
+    connection = sqlite3.connect(run.ledger("t"))
+    connection.row_factory = sqlite3.Row
+    return [dict(r) for r in connection.execute("SELECT * FROM attempts ORDER BY attempt_id")]
+
+
+@pytest.fixture(autouse=True)
+def quick_backoff(monkeypatch):
+    "Wait milliseconds where production waits seconds"
+    monkeypatch.setattr("cot_distill.generate.backoff_s", lambda n: 0.01)
+
+
+def always(reply: Reply):
+    return lambda request, n: reply
+
+
+def first(*replies: Reply, then: Reply = GOOD):
+    "These replies in turn, then the good one"
+    return lambda request, n: replies[n - 1] if n <= len(replies) else then
+
+
+TOO_MANY = error("Rate limit reached for test-model in organization on requests per min (RPM)", "rate_limit_exceeded")
+HTML = Reply(body="<html>502 Bad Gateway</html>", content_type="text/html")
+
+# name, script, requests sent, statuses in the ledger, outcome: a drop reason, None (kept), or the error that stops the teacher
+FAULTS = [
+    ("good", always(GOOD), 1, ["ok"], None),
+    ("401 bad key", always(Reply(401, error("Incorrect API key provided: sk-x"))), 1, ["bad_key"], InputError),
+    ("403 forbidden", always(Reply(403, error("Country not supported"))), 1, ["bad_key"], InputError),
+    ("404 model retired", always(Reply(404, error("The model `test-model` does not exist", "model_not_found"))), 1, ["no_model"], InputError),
+    ("400 model not exist", always(Reply(400, error("Model Not Exist"))), 1, ["no_model"], InputError),
+    ("429 with Retry-After", first(Reply(429, TOO_MANY, {"Retry-After": "0.3"})), 2, ["rate_limited", "ok"], None),
+    ("429 with retry-after-ms", first(Reply(429, TOO_MANY, {"retry-after-ms": "200"})), 2, ["rate_limited", "ok"], None),
+    ("429 without", first(Reply(429, TOO_MANY), Reply(429, TOO_MANY)), 3, ["rate_limited", "rate_limited", "ok"], None),
+    ("429 for ever", always(Reply(429, TOO_MANY)), 3, ["rate_limited"] * 3, ResumeLater),
+    ("429 insufficient_quota", always(Reply(429, error("You exceeded your current quota", "insufficient_quota"))), 1, ["quota"], ResumeLater),
+    ("402 insufficient balance", always(Reply(402, error("Insufficient Balance"))), 1, ["quota"], ResumeLater),
+    ("429 requests per day", always(Reply(429, error("Rate limit reached on requests per day (RPD): Limit 10000"))), 1, ["quota"], ResumeLater),
+    ("429 wait of two hours", always(Reply(429, TOO_MANY, {"Retry-After": "7200"})), 1, ["rate_limited"], ResumeLater),
+    ("500 once", first(Reply(500, error("oops"))), 2, ["server_error", "ok"], None),
+    ("502 html", first(Reply(502, "<html>bad gateway</html>", content_type="text/html")), 2, ["server_error", "ok"], None),
+    ("503 twice", first(Reply(503, error("overloaded")), Reply(503, "")), 3, ["server_error", "server_error", "ok"], None),
+    ("504", first(Reply(504, "")), 2, ["server_error", "ok"], None),
+    ("529 overloaded", first(Reply(529, error("overloaded_error"))), 2, ["server_error", "ok"], None),
+    ("500 for ever", always(Reply(500, error("oops"))), 3, ["server_error"] * 3, ResumeLater),
+    ("connection reset", first(Reply(how="reset")), 2, ["unreachable", "ok"], None),
+    ("short body", first(Reply(body=completion(), how="short")), 2, ["unreachable", "ok"], None),
+    ("blank lines keep it alive", first(Reply(body=completion(), how="blank_lines")), 2, ["timeout", "ok"], None),
+    ("slow drip", first(Reply(body=completion(), how="drip")), 2, ["timeout", "ok"], None),
+    ("stall", first(Reply(body=completion(), how="stall")), 2, ["timeout", "ok"], None),
+    ("slow answer", first(Reply(body=completion(), delay_s=1.5)), 2, ["timeout", "ok"], None),
+    ("empty body", first(Reply(body=b"")), 2, ["malformed", "ok"], None),
+    ("truncated JSON", first(Reply(body='{"choices": [{"mess')), 2, ["malformed", "ok"], None),
+    ("html with status 200", first(HTML), 2, ["malformed", "ok"], None),
+    ("wrong content type", first(Reply(body=json.dumps(completion()), content_type="text/plain")), 1, ["ok"], None),
+    ("no choices", first(Reply(body={"id": "x"})), 2, ["malformed", "ok"], None),
+    ("empty choices", first(Reply(body={"choices": []})), 2, ["malformed", "ok"], None),
+    ("choices null", first(Reply(body={"choices": None})), 2, ["malformed", "ok"], None),
+    ("a JSON list", first(Reply(body=[1, 2])), 2, ["malformed", "ok"], None),
+    ("content a list", first(Reply(body=completion(text=["a"]))), 2, ["malformed", "ok"], None),
+    ("not UTF-8", first(Reply(body=b"\xff\xfe{}")), 2, ["malformed", "ok"], None),
+    ("malformed for ever", always(Reply(body="{")), 3, ["malformed"] * 3, "malformed"),
+    ("empty content", first(Reply(body=completion(text=""))), 2, ["empty", "ok"], None),
+    ("null content", first(Reply(body=completion(text=None))), 2, ["empty", "ok"], None),
+    ("empty for ever", always(Reply(body=completion(text="  "))), 3, ["empty"] * 3, "empty"),
+    ("cut once", first(Reply(body=completion(text="3 * 4", finish="length"))), 2, ["truncated", "ok"], None),
+    ("cut twice", always(Reply(body=completion(text="3 * 4", finish="length"))), 2, ["truncated", "truncated"], "truncated"),
+    ("content filter", always(Reply(body=completion(text="", finish="content_filter"))), 1, ["blocked"], "blocked"),
+    ("refusal", always(Reply(body=completion(text=None, refusal="I cannot help"))), 1, ["blocked"], "blocked"),
+    ("thinking only", always(Reply(body=completion(text="", reasoning_content="hm, let me see"))), 1, ["thinking_only"], InputError),
+    ("400 too long", always(Reply(400, error("maximum context length is 10 tokens"))), 1, ["bad_request"], "refused"),
+    ("redirect", always(Reply(302, "", {"Location": "http://127.0.0.1:9/steal"})), 1, ["bad_request"], "refused"),
+    ("no usage", always(Reply(body=completion(usage=False))), 1, ["ok"], None),
+    ("no final answer", always(Reply(body=completion(text="I like turtles."))), 1, ["ok"], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "n_sent", "statuses", "outcome"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_fault(tmp_path, script, n_sent, statuses, outcome):
+    run = RunFolder(tmp_path)
+    with FaultyServer(script) as server:
+        study = make_study(server.url)
+        if isinstance(outcome, type):
+            with pytest.raises(outcome) as caught:
+                run_generate(study, "t", run)
+            assert len(str(caught.value)) > 30
+        else:
+            run_generate(study, "t", run)
+            row = pd.read_parquet(run.rationales("t")).iloc[0]
+            assert (None if pd.isna(row["drop_reason"]) else row["drop_reason"]) == outcome
+            assert bool(row["kept"]) == (outcome is None)
+        assert len(server.requests) == n_sent
+    rows = attempts(run)
+    assert [r["status"] for r in rows] == statuses
+    assert sum(r["is_final"] for r in rows) == (0 if isinstance(outcome, type) else 1)
+
+
+def test_columns_and_card(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer() as server:
+        summary = run_generate(make_study(server.url, n=5), "t", run)
+    table = pd.read_parquet(run.rationales("t"))
+    assert tuple(table.columns) == COLUMNS
+    assert list(table["problem_id"]) == [p.problem_id for p in load_problems("two-step", limit=5)]
+    assert summary.cost_usd == pytest.approx(5 * (20 * 1.0 + 10 * 2.0) / 1e6)
+    card = (run.teacher_dir("t") / "README.md").read_text()
+    assert "test-model (5)" in card and "{question}" in card
+    assert json.loads(run.run_json.read_text())["stages"]["generate/t"]["n"] == 5
+
+
+def test_nothing_is_asked_twice(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer() as server:
+        study = make_study(server.url, n=6)
+        run_generate(study, "t", run)
+        run_generate(study, "t", run)
+        assert len(server.requests) == 6
+        run.rationales("t").write_bytes(b"half a parq")  # broken: made again from the ledger, for nothing
+        run_generate(study, "t", run)
+        assert len(server.requests) == 6
+    assert len(pd.read_parquet(run.rationales("t"))) == 6
+
+
+def test_a_larger_second_try_is_wider(tmp_path):
+    cut = Reply(body=completion(text="3 *", finish="length"))
+    with FaultyServer(first(cut)) as server:
+        run_generate(make_study(server.url), "t", RunFolder(tmp_path))
+        assert [r.body["max_tokens"] for r in server.requests] == [64, 128]
+
+
+@pytest.mark.parametrize(("setting", "n_sent"), [({"max_requests": 3}, 3), ({"max_usd": 0.001}, 2)])
+def test_caps_are_hard(tmp_path, setting, n_sent):
+    "Checked before each send, across restarts too: ten more tries send nothing more"
+    run = RunFolder(tmp_path)
+    with FaultyServer(always(Reply(body=completion(), delay_s=0.05))) as server:
+        study = make_study(server.url, n=20, teacher={"max_in_flight": 1}, max_tokens=200, **setting)
+        for _ in range(4):
+            with pytest.raises(ResumeLater, match=next(iter(setting))):
+                run_generate(study, "t", run)
+        assert abs(len(server.requests) - n_sent) <= (0 if "max_requests" in setting else 20)
+        spent = sum(r["cost_usd"] for r in attempts(run))
+        assert spent <= setting.get("max_usd", 1.0)
+
+
+def test_shared_gate(tmp_path):
+    "One 429 with Retry-After holds everybody back"
+    times = []
+
+    def script(request, n):
+        times.append(time.monotonic())
+        return Reply(429, TOO_MANY, {"Retry-After": "1"}) if n == 1 else GOOD
+
+    with FaultyServer(script) as server:
+        run_generate(make_study(server.url, n=12, teacher={"max_in_flight": 1}, max_tokens=8), "t", RunFolder(tmp_path))
+    assert times[1] - times[0] >= 1.0
+
+
+def test_requests_per_minute(tmp_path):
+    "600 a minute: 20 requests take about two seconds, not none"
+    with FaultyServer() as server:
+        started = time.monotonic()
+        run_generate(make_study(server.url, n=20, teacher={"rpm": 600}), "t", RunFolder(tmp_path))
+        assert 0.8 <= time.monotonic() - started <= 6
+
+
+def test_dead_provider_trips_the_breaker(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer(always(Reply(500, error("down")))) as server:
+        with pytest.raises(ResumeLater):
+            run_generate(make_study(server.url, n=100, max_attempts=6, drain_s=1), "t", run)
+        assert len(server.requests) <= 40
+
+
+def test_other_configuration_is_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer() as server:
+        run_generate(make_study(server.url), "t", run)
+        with pytest.raises(InputError, match="temperature"):
+            run_generate(make_study(server.url, temperature=0.7), "t", run)
+
+
+def test_reroute_is_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer(always(Reply(body=completion(model="other-model")))) as server:
+        summary = run_generate(make_study(server.url), "t", run)
+    assert summary.models == {"other-model": 1}
+
+
+
+RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_generate import make_study
+from cot_distill.errors import CotDistillError
+from cot_distill.generate import run_generate
+from cot_distill.runs import RunFolder
+try:
+    run_generate(make_study({url!r}, n={n}, teacher={teacher!r}, deadline_s=20), "t", RunFolder({run!r}))
+except CotDistillError as err:
+    print(err)
+    sys.exit(err.exit_code)
+"""
+
+
+def start(url: str, run: Path, n: int, **teacher) -> subprocess.Popen:
+    code = RUN.format(tests=str(Path(__file__).parent), url=url, n=n, run=str(run), teacher=teacher)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COT_DISTILL_PROGRESS": "off"})
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_drains(tmp_path, number, code):
+    "What is in flight comes home, nothing more is sent, the next run goes on"
+    run = RunFolder(tmp_path / "run")
+    with FaultyServer(always(Reply(body=completion(), delay_s=0.3))) as server:
+        process = start(server.url, run.path, n=40, max_in_flight=4)
+        wait_for(lambda: len(server.requests) >= 6)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == code, out
+        assert "run the same command to go on" in out
+        n_sent = len(server.requests)
+        assert n_sent < 20
+        assert all(r["status"] == "ok" for r in attempts(run))
+        assert start(server.url, run.path, n=40, max_in_flight=40).wait(60) == 0
+        assert len(server.requests) == 40
+    assert len(pd.read_parquet(run.rationales("t"))) == 40
+
+
+def test_two_runs_at_once(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with FaultyServer(always(Reply(body=completion(), delay_s=1))) as server:
+        process = start(server.url, run.path, n=8)
+        wait_for(lambda: len(server.requests) >= 1)
+        with pytest.raises(InputError, match="another run"):
+            run_generate(make_study(server.url, n=8, deadline_s=20), "t", run)
+        process.kill()
+        process.wait()
+
+
+def killed_runs(tmp_path: Path, n_problems: int, n_kills: int, delay_s: float) -> None:
+    "Kill a run at random instants; every question must end with one answer, no finished call sent again"
+    import random
+
+    rng, run = random.Random(7), RunFolder(tmp_path / "run")
+    with FaultyServer(always(Reply(body=completion(), delay_s=delay_s))) as server:
+        n_lost = 0
+        for _ in range(n_kills):
+            n_before = len(server.requests)
+            process = start(server.url, run.path, n=n_problems, max_in_flight=8)
+            target = n_before + rng.randint(1, max(2, n_problems // n_kills))
+            wait_for(lambda: len(server.requests) >= target or process.poll() is not None)
+            time.sleep(rng.uniform(0, 2 * delay_s))
+            process.kill()
+            process.wait()
+        assert start(server.url, run.path, n=n_problems, max_in_flight=8).wait(120) == 0
+        rows = attempts(run)
+        n_lost = sum(r["status"] == "sent" for r in rows)
+        table = pd.read_parquet(run.rationales("t"))
+        assert len(table) == n_problems and table["problem_id"].is_unique and (table["completion"] != "").all()
+        finished = Counter(r["request_key"] for r in rows if r["status"] == "ok")
+        assert len(finished) == n_problems and set(finished.values()) == {1}
+        assert n_lost <= 8 * n_kills
+        assert n_problems <= len(server.requests) <= n_problems + n_lost
+
+
+def test_kill_9_a_few_times(tmp_path):
+    killed_runs(tmp_path, n_problems=60, n_kills=3, delay_s=0.1)
+
+
+@pytest.mark.slow
+def test_kill_9_twenty_times(tmp_path):
+    killed_runs(tmp_path, n_problems=500, n_kills=20, delay_s=0.05)
