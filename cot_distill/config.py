@@ -95,6 +95,7 @@ class GenerateConfig(Part):
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1)  # completion cap of the first try
     keep_wrong: bool = False  # keep rationales whose answer differs from the reference
+    block_ngram: int | None = Field(None, ge=0)  # words shared with a test question that drop a rationale; None: 13, or 0 (whole copies only) for generated problems
     max_usd: float | None = Field(None, ge=0)  # hard cap a teacher, checked before each send
     max_requests: int | None = Field(None, ge=1)  # hard cap a teacher
     max_attempts: int = Field(6, ge=1)  # sends a request at most
