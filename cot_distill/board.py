@@ -41,11 +41,14 @@ class Batch:
     wall_s: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome of failed ones
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each notebook gets
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)  # its inputs as they were when it began
     stop_signal: int = 0  # 0 while nobody wants to stop
     n_signals: int = 0
 
     def __post_init__(self):
-        self.states = {job.name: "done" if is_done(self.run, job) else "waiting" for job in self.jobs}
+        for job in self.jobs:  # what follows something that is due is not done yet, whatever lies there
+            settled = all(self.states.get(name, "done") == "done" for name in job.needs + job.after)
+            self.states[job.name] = "done" if settled and is_done(self.run, job) else "waiting"
 
     @property
     def over(self) -> bool:

@@ -9,6 +9,7 @@ __all__ = ['KERNEL_NAME', 'declared_parameters', 'check_notebook', 'die_with_par
 
 # %% ../nbs/lib/execute.ipynb #0a6a6709
 import ctypes
+import errno
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from typing import Any
 
 from .errors import InputError, exit_code_of
 from .keys import KEY_SHAPES
-from .runs import write_json
+from .runs import atomic_path, write_json
 
 # %% ../nbs/lib/execute.ipynb #10fac600
 def declared_parameters(
@@ -163,9 +164,9 @@ class Order:
     secret_names: tuple[str, ...] = ()  # variables that hold keys
 
     @property
-    def partial(self) -> Path:  # beside the report
+    def partial(self) -> Path:  # on the same disk as the report
         "Where papermill writes while it runs"
-        return Path(self.report).with_name(f".{Path(self.report).name}.part")
+        return Path(self.outcome).with_suffix(".ipynb")
 
 # %% ../nbs/lib/execute.ipynb #df3c45ee
 def keep_report(
@@ -174,19 +175,24 @@ def keep_report(
     "Clean what papermill has written so far and move it to its place; nothing happens when there is nothing"
     if not order.partial.exists():
         return
-    home, project = str(Path.home()), str(Path(order.cwd).parent)
-    text = scrub(order.partial.read_text(encoding="utf-8"), secret_values(os.environ, order.secret_names), {home: "~", project: "."})
-    name = json.dumps(order.partial.name)[1:-1]
-    order.partial.write_text(text.replace(name, Path(order.report).name), encoding="utf-8")
-    with order.partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(order.partial, order.report)
+    places = {str(Path.home()): "~", str(Path(order.cwd).parent): "."}
+    text = scrub(order.partial.read_text(encoding="utf-8"), secret_values(os.environ, order.secret_names), places)
+    try:
+        notebook = json.loads(text)
+        notebook["metadata"]["papermill"]["output_path"] = os.path.relpath(order.report, order.cwd)
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    except (ValueError, KeyError):  # cut off in the middle of a line: still worth reading
+        pass
+    with atomic_path(order.report) as part:
+        part.write_text(text, encoding="utf-8")
+    order.partial.unlink()
 
 # %% ../nbs/lib/execute.ipynb #6042b364
 def execute_order(
     order: Order,
 ) -> dict[str, Any]:  # state, and for a failure ename, evalue and cell
     "Execute one notebook with papermill in this process"
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would compile a grammar for 1.4 s that no notebook needs
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -195,17 +201,21 @@ def execute_order(
     os.chdir(order.cwd)
     source, target = os.path.relpath(order.notebook), os.path.relpath(order.partial)
     started, outcome = time.monotonic(), {"state": "finished"}
-    # a socket file needs no port that another kernel may have taken; its path must be short
-    transport = "ipc" if len(order.private) < 40 and os.name == "posix" else "tcp"
+    # socket files in our private folder: no port that another kernel may take; their paths must be short
+    ipc = {"transport": "ipc", "ip": f"{order.private}/k"} if len(order.private) < 90 and os.name == "posix" else {}
     try:
         papermill.execute_notebook(
             source, target, order.parameters, kernel_name=KERNEL_NAME, progress_bar=False, start_timeout=300,
-            config=Config(KernelManager={"transport": transport}),
+            config=Config(KernelManager=ipc),
         )  # fmt: skip
     except PapermillExecutionError as err:
         outcome = {"state": "failed", "ename": err.ename, "evalue": err.evalue, "cell": err.exec_count}
     except (DeadKernelError, CellTimeoutError, RuntimeError) as err:
-        outcome = {"state": "failed", "ename": type(err).__name__, "evalue": str(err), "cell": None}
+        hint = "; the machine may be out of memory" if isinstance(err, DeadKernelError) else ""
+        outcome = {"state": "failed", "ename": type(err).__name__, "evalue": f"{err}{hint}", "cell": None}
+    except OSError as err:
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        outcome = {"state": "failed", "ename": "InputError" if full else type(err).__name__, "evalue": f"{order.report} could not be written: {err.strerror}", "cell": None}
     finally:
         keep_report(order)
     outcome |= {"wall_s": round(time.monotonic() - started, 3)}
@@ -253,6 +263,8 @@ def read_outcome(
         return json.loads(Path(order.outcome).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         keep_report(order)
+    if returncode == InputError.exit_code:
+        return {"state": "failed", "ename": "InputError", "evalue": "the outcome could not be written; is there room on the disk?", "cell": None}
     name = signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
     hint = "; the machine may be out of memory" if returncode == -signal.SIGKILL else ""
     return {"state": "failed", "ename": "ProcessDied", "evalue": f"the papermill process ended with {name}{hint}", "cell": None}

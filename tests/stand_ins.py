@@ -1,0 +1,109 @@
+"Stand-ins for the stages: notebooks that run in a moment, write where the real ones write, and misbehave when told to"
+
+import json
+from pathlib import Path
+
+import nbformat
+
+PARAMETERS = "config = ''\nteacher = 'recorded'\nlimit = 4\nrun_dir = ''\n"
+COMMON = """
+import hashlib, json, os, time
+from pathlib import Path
+from cot_distill.errors import InputError, Interrupted, ResumeLater
+from cot_distill.progress import Progress
+from cot_distill.runs import RunFolder, write_json
+run, variant = RunFolder(run_dir), None if STAGE in ('teachers', 'analyze') else teacher
+orders = json.loads(Path('../orders.json').read_text()).get(f'{STAGE} {variant}', {})
+with open('../seen.txt', 'a') as seen:
+    seen.write(json.dumps({'stage': STAGE, 'variant': variant, 'at': time.time(), 'gpu': os.environ.get('CUDA_VISIBLE_DEVICES'), 'threads': os.environ.get('OMP_NUM_THREADS')}) + '\\n')
+def put(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix('.part').write_text(text)
+    os.replace(path.with_suffix('.part'), path)
+if orders.get('die'):
+    os.kill(os.getpid(), 9)
+if orders.get('raise'):
+    raise {'InputError': InputError, 'ResumeLater': ResumeLater, 'ZeroDivisionError': ZeroDivisionError}[orders['raise']](orders.get('message', 'told to'))
+"""
+STEPS = """
+try:
+    with Progress(10, STAGE, run.progress(STAGE, variant), unit='step') as bar:
+        for step in range(10):
+            time.sleep(orders.get('seconds', 0) / 10)
+            bar.advance(loss=1 / (step + 1))
+except KeyboardInterrupt:
+    raise Interrupted('stopped; what was finished is saved') from None
+"""
+WORK = {
+    "00_teachers": "",
+    "01_generate": STEPS + "put(run.rationales(teacher), f'because {teacher}')",
+    # goes on where it was cut off; the weights depend on every step
+    "02_train": """
+done = run.student_dir(teacher) / 'step.json'
+state = json.loads(done.read_text()) if done.exists() else [0, run.rationales(teacher).read_text()]
+while state[0] < 10:
+    time.sleep(orders.get('seconds', 0) / 10)
+    state = [state[0] + 1, hashlib.sha256(f'{state}'.encode()).hexdigest()]
+    put(done, json.dumps(state))
+put(run.adapter(teacher) / 'weights', state[1])
+put(run.training_log(teacher), '{}')
+""",
+    "03_eval": STEPS
+    + """
+from cot_distill.config import load_study
+study = load_study(config)
+source = run.adapter(teacher) / 'weights'
+grade = int(hashlib.sha256(source.read_bytes() if source.exists() else b'base').hexdigest(), 16) % 100
+for part in study.eval_sets:
+    put(run.eval_file(teacher, part.name), str(grade))
+rows = []
+for place in sorted(p for p in (run.path / 'evals').iterdir() if (p / f'{study.eval_sets[0].name}.parquet').exists()):
+    value = int((place / f'{study.eval_sets[0].name}.parquet').read_text())
+    rows.append({'variant': place.name, 'teacher': None, 'n': 100, 'n_correct': value, 'accuracy': value / 100, 'ci95': [0.0, 1.0], 'vs_base': None, 'teacher_cost_usd': None})
+write_json(run.results_json, {'study': study.name, 'problem_set': 'test', 'n': 100, 'variants': rows})
+""",
+    "04_analysis": "len(json.loads(run.results_json.read_text())['variants'])",
+}
+STAGES = dict(zip(WORK, ("teachers", "generate", "train", "eval", "analyze"), strict=True))
+
+
+def write_notebook(path: Path, *sources: str, tags: tuple[str, ...] = ("parameters",), kernel: str = "python3") -> None:
+    "A notebook whose first cell has the tags"
+    cells = [nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if i == 0 else {}) for i, source in enumerate(sources)]
+    metadata = {"kernelspec": {"name": kernel, "language": "python", "display_name": kernel}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+
+
+def make_project(folder: Path, *teachers: str, device: str = "cpu", provider: str = "human") -> Path:
+    "A project with stand-in notebooks and one study; the study's file"
+    nbs = folder / "nbs"
+    nbs.mkdir(parents=True)
+    (folder / "settings.ini").write_text("", encoding="utf-8")
+    for name, work in WORK.items():
+        write_notebook(nbs / f"{name}.ipynb", PARAMETERS, f"STAGE = {STAGES[name]!r}\n" + COMMON + work)
+    orders(folder)
+    tables = "".join(f"[teachers.{t}]\nprovider = '{provider}'\nmodel = 'm'\n" + ("base_url = 'http://127.0.0.1:9/v1'\n" if provider == "openai" else "") for t in teachers)
+    study = folder / "study.toml"
+    study.write_text(
+        f"name = 'small'\n[problems]\nsource = 'two-step'\nlimit = 4\n[[eval_sets]]\nname = 'test'\nsource = 'two-step'\nlimit = 2\n"
+        f"[student]\nmodel = 'smollm2-135m'\ndevice = '{device}'\n[generate]\ndrain_s = 0\n{tables}",
+        encoding="utf-8",
+    )
+    return study
+
+
+def orders(folder: Path, **by_job: dict) -> None:
+    "Tell stages to misbehave: `orders(folder, train_human={'die': True})`"
+    text = json.dumps({name.replace("_", " ", 1): order for name, order in by_job.items()})
+    (folder / "orders.json").write_text(text, encoding="utf-8")
+
+
+def seen(folder: Path) -> list[dict]:
+    "What kernels have started, in order"
+    path = folder / "seen.txt"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def names(folder: Path, since: int = 0) -> list[str]:
+    "Names of the jobs that kernels have started"
+    return [f"{one['stage']} {one['variant']}" if one["variant"] else one["stage"] for one in seen(folder)[since:]]

@@ -1,0 +1,119 @@
+"The command line: quick to answer, exact about mistakes, the same words for people and for machines"
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stand_ins import make_project, names, orders
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
+COMMANDS = ["run", "generate", "train", "eval", "analyze", "quote", "doctor", "site", "diff"]
+
+
+def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment}, timeout=300)
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    call("--help")
+    took = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        assert call("--help").returncode == 0
+        took.append(time.perf_counter() - begun)
+    assert min(took) < 0.5
+    code = "import sys, cot_distill.cli; print([m for m in ('torch', 'transformers', 'pandas', 'numpy', 'papermill', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = call(command, "--help")
+    assert done.returncode == 0 and f"Example: cot-distill {command}" in done.stdout
+    assert "\x1b[" not in done.stdout, "no colours where there is no terminal"
+
+
+def test_exit_codes_are_documented() -> None:
+    text = " ".join(call("--help").stdout.split())
+    assert all(part in text for part in ("0 all is well", "2 the input cannot be used", "75 run it again later", "130 and 143 stopped by a signal"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "configs/nowhere.toml"], "no study at configs/nowhere.toml"),
+        (["run", "configs/lesson.toml", "--teachers", "humann", "--dry-run"], "unknown teacher 'humann'"),
+        (["run", "configs/lesson.toml", "--stages", "trian", "--dry-run"], "unknown stage 'trian'"),
+        (["run", "configs/lesson.toml", "--set", "train.epochs"], "--set wants KEY=VALUE"),
+        (["run", "configs/lesson.toml", "--set", "train.epoch=2", "--dry-run"], "epochs"),
+        (["run", "configs/lesson.toml", "--limit", "0"], "limit"),
+        (["run", "Makefile"], "is not a TOML file"),
+        (["train", "configs/lesson.toml", "--teachers", "nobody"], "unknown teacher 'nobody'"),
+        (["diff", "nbs", "tests"], "is no run folder"),
+        (["rnu"], "rnu"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_code_2(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    if "--run-dir" not in arguments and arguments[0] in ("run", "train"):
+        arguments = [*arguments, "--run-dir", str(tmp_path / "run")]
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_for_machines_and_for_people(tmp_path: Path) -> None:
+    study = make_project(tmp_path, "human")
+    stages = "generate,train,eval,analyze"
+    done = call("run", study, "--stages", stages, "--json", cwd=tmp_path)
+    summary = json.loads(done.stdout)
+    assert done.returncode == summary["exit_code"] == 0
+    assert summary["results"]["study"] == "small" and {job["state"] for job in summary["jobs"]} == {"finished"}
+    assert summary["run_dir"] == "runs/small"
+
+    n, begun = len(names(tmp_path)), time.perf_counter()
+    done = call("run", study, "--stages", stages, cwd=tmp_path)
+    assert done.returncode == 0 and time.perf_counter() - begun < 5 and len(names(tmp_path)) == n
+    assert "student of" in done.stdout and "human" in done.stdout and done.stdout.strip().splitlines()[-1] == "runs/small"
+    assert "\x1b[" not in done.stdout + done.stderr
+
+    orders(tmp_path, train_human={"raise": "ResumeLater", "message": "the budget is spent"})
+    (tmp_path / "runs/small/students/human/training_log.json").unlink()
+    done = call("run", study, "--stages", stages, "--json", cwd=tmp_path)
+    job = next(job for job in json.loads(done.stdout)["jobs"] if job["job"] == "train human")
+    assert done.returncode == 75 and job["error"]["evalue"] == "the budget is spent"
+    assert "train human failed: the budget is spent (report: runs/small/reports/02_train-human.ipynb)" in done.stderr
+
+    same = call("diff", "runs/small", "runs/small", cwd=tmp_path)
+    assert same.returncode == 0 and same.stdout.count("the same") == 3
+
+
+def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:
+    study = make_project(tmp_path, "human")
+    done = call("run", study, "--stages", "train,eval", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "train human" in done.stdout and "rough" in done.stdout
+    plan = json.loads(call("run", study, "--stages", "train,eval", "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert [job["job"] for job in plan["jobs"]] == ["eval base", "train human", "eval human"]
+    assert names(tmp_path) == []
+
+
+def test_doctor_never_shows_a_key(tmp_path: Path) -> None:
+    study = make_project(tmp_path, "gpt", provider="gemini")
+    done = call("doctor", study, cwd=tmp_path, GEMINI_API_KEY="AIza-secret-value-123456")
+    assert "GEMINI_API_KEY is set" in done.stdout and "AIza-secret" not in done.stdout + done.stderr
+    done = call("doctor", study, "--json", cwd=tmp_path)
+    findings = {one["what"]: one for one in json.loads(done.stdout)}
+    assert done.returncode == 2 and findings["key of gpt"]["state"] == "fail"
+    assert "GEMINI_API_KEY is not set" in findings["key of gpt"]["advice"]
+    assert all(one["advice"] for one in findings.values() if one["state"] != "ok")
+
+
+def test_a_defect_shows_its_traceback_without_keys(tmp_path: Path) -> None:
+    code = "from cot_distill import cli\ndef broken(*a, **k):\n    raise RuntimeError('sk-abcdefghijklmnop1234 leaked')\ncli.app = broken\ncli.main([])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "RuntimeError: [key removed] leaked" in done.stderr and "Traceback" in done.stderr

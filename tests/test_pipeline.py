@@ -1,0 +1,399 @@
+"The batch: what it does, what it leaves alone, and what it survives"
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+from stand_ins import PARAMETERS, make_project, names, orders, seen, write_notebook
+
+from cot_distill.board import Batch, batch_table, exit_code
+from cot_distill.errors import InputError
+from cot_distill.execute import report_finished, secret_values
+from cot_distill.executors import Hands
+from cot_distill.pipeline import check_batch, compare_runs, prepare_batch, run_study, turn
+from cot_distill.plan import STAGES, Job
+from cot_distill.runs import locked
+
+NO_PAGES = [stage for stage in STAGES if stage != "site"]
+
+
+def run(study: Path, **options: object) -> tuple[int, str]:
+    "Exit code and everything that was printed"
+    folder = study.parent
+    out = folder / "out.txt"
+    with out.open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=200, force_terminal=False, no_color=True)
+        options = {"stages": NO_PAGES, "run_dir": folder / "runs" / "small", "nbs": folder / "nbs", "console": console} | options
+        code = run_study(study, **options)
+    return code, out.read_text(encoding="utf-8")
+
+
+def launch(study: Path, *more: str) -> subprocess.Popen:
+    "The same in a process of its own, for signals"
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console; from cot_distill.pipeline import run_study; study = Path(sys.argv[1]); "
+        "sys.exit(run_study(study, stages=sys.argv[2].split(','), run_dir=study.parent / 'runs/small', nbs=study.parent / 'nbs', console=Console(file=sys.stdout, width=200)))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(study), ",".join(more or NO_PAGES)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(study: Path, job: str, timeout_s: float = 60) -> None:
+    "Until a kernel has started a job"
+    until = time.monotonic() + timeout_s
+    while job not in names(study.parent):
+        assert time.monotonic() < until, f"{job} has not started: {names(study.parent)}"
+        time.sleep(0.05)
+
+
+def processes_of(study: Path) -> list[psutil.Process]:
+    "Papermill processes and kernels: whoever works in the project's nbs/"
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == study.parent / "nbs":
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def results(study: Path) -> dict:
+    return json.loads((study.parent / "runs/small/results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return make_project(tmp_path, "human")
+
+
+# --- with hands that only pretend: order, skipping, exit codes ---
+
+
+class Pretender:
+    "An executor whose jobs end when they are told to"
+
+    def __init__(self, failures: dict[str, str] | None = None, places: int = 99):
+        self.failures, self.places, self.order, self.busy = failures or {}, places, [], 0
+
+    def start(self, job, parameters):
+        if self.busy >= self.places:
+            return None
+        self.order.append(job.name)
+        self.busy += 1
+        return PretendedWork(self, self.failures.get(job.name))
+
+    def close(self):
+        pass
+
+
+class PretendedWork:
+    def __init__(self, executor: Pretender, ename: str | None):
+        self.executor, self.ename = executor, ename
+
+    def poll(self):
+        self.executor.busy -= 1
+        return {"state": "failed", "ename": self.ename, "evalue": "told to", "cell": 1} if self.ename else {"state": "finished"}
+
+
+def pretend(study: Path, executor: Pretender, **options: object) -> Batch:
+    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", **options)
+    for _ in range(50):
+        if batch.over:
+            return batch
+        turn(batch, executor)
+    raise AssertionError(f"never over: {batch.states}")
+
+
+def test_three_teachers_one_failing(tmp_path: Path) -> None:
+    study = make_project(tmp_path, "human", "deepseek", "gemini")
+    (tmp_path / "runs/small").mkdir(parents=True)
+    (tmp_path / "runs/small/results.json").write_text("{}")
+    executor = Pretender({"generate deepseek": "ResumeLater"}, places=1)
+    batch = pretend(study, executor)
+    assert batch.states["train deepseek"] == batch.states["eval deepseek"] == "skipped"
+    assert {state for name, state in batch.states.items() if "deepseek" not in name} == {"finished"}
+    assert executor.order.index("analyze") > executor.order.index("eval gemini") > executor.order.index("train gemini")
+    assert executor.order[-1] == "site"
+    assert exit_code(batch) == 75
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [
+        ({}, 0),
+        ({"train human": "InputError"}, 2),
+        ({"eval base": "ResumeLater"}, 75),
+        ({"eval base": "ResumeLater", "train human": "InputError"}, 2),
+        ({"eval base": "OutOfMemoryError", "train human": "InputError"}, 1),
+    ],
+)
+def test_exit_code_says_what_kind(study: Path, failures: dict, code: int) -> None:
+    assert exit_code(pretend(study, Pretender(failures))) == code
+
+
+def test_without_any_result_nothing_is_analysed(study: Path) -> None:
+    batch = pretend(study, Pretender({"eval base": "InputError", "train human": "InputError"}))
+    assert batch.states["analyze"] == "skipped"
+
+
+def test_board_shows_every_state(study: Path) -> None:
+    batch = pretend(study, Pretender({"train human": "InputError"}))
+    batch.states |= {"eval base": "done"}
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))
+    console.print(batch_table(batch))
+    text = console.export_text()
+    assert all(mark in text for mark in ("✓ done", "✗", "– skipped", "human", "base", "analyze"))
+
+
+# --- notebooks checked before anything runs ---
+
+
+def test_a_lost_tag_is_an_error(study: Path) -> None:
+    write_notebook(study.parent / "nbs/02_train.ipynb", PARAMETERS, "1", tags=())
+    with pytest.raises(InputError, match="02_train.ipynb has no cell tagged `parameters`"):
+        run(study)
+    assert seen(study.parent) == []
+
+
+def test_a_misspelt_parameter_is_an_error(study: Path) -> None:
+    write_notebook(study.parent / "nbs/03_eval.ipynb", PARAMETERS.replace("teacher", "techer"), "1")
+    with pytest.raises(InputError, match="03_eval.ipynb does not declare teacher"):
+        run(study)
+    assert seen(study.parent) == []
+
+
+def test_a_foreign_kernel_is_an_error(study: Path) -> None:
+    write_notebook(study.parent / "nbs/01_generate.ipynb", PARAMETERS, "1", kernel="some-conda-env")
+    with pytest.raises(InputError, match="some-conda-env"):
+        run(study)
+
+
+def test_a_missing_notebook_is_an_error(study: Path) -> None:
+    (study.parent / "nbs/01_generate.ipynb").unlink()
+    with pytest.raises(InputError, match=r"no notebook at .*01_generate\.ipynb"):
+        run(study)
+
+
+def test_a_missing_key_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = make_project(tmp_path / "p", "gpt", provider="gemini")
+    with pytest.raises(InputError, match=r"teacher 'gpt': GEMINI_API_KEY is not set.*--teachers"):
+        run(study)
+    assert seen(study.parent) == []
+
+
+def test_a_full_disk_is_told_before_anything_runs(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cot_distill.pipeline.MIN_FREE_BYTES", 10**18)
+    with pytest.raises(InputError, match="make room or use --run-dir"):
+        run(study)
+
+
+def test_another_study_in_the_folder_is_refused(study: Path) -> None:
+    prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    with pytest.raises(InputError, match=r"train.epochs.*--run-dir"):
+        prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", overrides={"train.epochs": "3"})
+
+
+def test_two_launchers_on_one_folder(study: Path) -> None:
+    (study.parent / "runs/small").mkdir(parents=True)
+    with locked(study.parent / "runs/small/.batch.lock"), pytest.raises(InputError, match="another run holds"):
+        run(study)
+
+
+def test_limit_is_a_run_of_its_own(study: Path) -> None:
+    batch = prepare_batch(study, limit=1, nbs=study.parent / "nbs")
+    assert batch.run.path.name == "small-limit1"
+    assert batch.parameters["train human"] == {"config": "../runs/small-limit1/config.toml", "limit": 0, "run_dir": "../runs/small-limit1", "teacher": "human"}
+    assert batch.study.problems.limit == 1
+
+
+# --- with real kernels ---
+
+
+def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None:
+    folder, run_dir = study.parent, study.parent / "runs/small"
+    code, text = run(study)
+    assert code == 0, text
+    assert sorted(names(folder)) == sorted(["teachers", "generate human", "eval base", "train human", "eval human", "analyze"])
+    for report in ("00_teachers", "01_generate-human", "02_train-human", "03_eval-human", "03_eval-base", "04_analysis"):
+        facts = json.loads((run_dir / f"reports/{report}.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]
+        assert facts["end_time"] and not facts["exception"] and facts["parameters"]["run_dir"] == "../runs/small"
+        assert not os.path.isabs(facts["output_path"]) and not os.path.isabs(facts["input_path"])
+
+    n, begun = len(seen(folder)), time.monotonic()
+    assert run(study)[0] == 0
+    assert time.monotonic() - begun < 3 and len(seen(folder)) == n
+
+    first = results(study)
+    (run_dir / "evals/human/test.parquet").unlink()
+    assert run(study)[0] == 0
+    assert names(folder, since=n) == ["eval human"]
+    assert results(study) == first
+
+    n = len(seen(folder))
+    report = run_dir / "reports/02_train-human.ipynb"
+    report.write_text(report.read_text(encoding="utf-8").replace('"end_time": "2', '"end_time": "", "x": "2'), encoding="utf-8")
+    assert run(study)[0] == 0
+    assert names(folder, since=n) == ["train human"]
+    assert compare_runs(run_dir, run_dir) == {"settings": {}, "stages": {}, "results": {}}
+
+
+def test_failure_keeps_the_report_and_the_rerun_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LESSON_API_KEY", "sk-never-to-be-seen-1234")
+    folder, run_dir = study.parent, study.parent / "runs/small"
+    orders(folder, train_human={"raise": "ZeroDivisionError", "message": "with key sk-never-to-be-seen-1234"})
+    code, text = run(study)
+    report = run_dir / "reports/02_train-human.ipynb"
+    assert code == 1
+    assert f"train human failed: ZeroDivisionError: with key [key removed] (report: {report})" in text
+    assert "Traceback" not in text
+    assert "ZeroDivisionError" in report.read_text(encoding="utf-8")
+    assert not report_finished(report, json.loads(report.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"])
+    assert "eval human: skipped" in text and "analyze: finished" in text
+    left = [p for p in run_dir.rglob("*") if p.is_file() and b"never-to-be-seen" in p.read_bytes()]
+    assert left == []
+
+    orders(folder)
+    n = len(seen(folder))
+    assert run(study)[0] == 0
+    assert names(folder, since=n) == ["train human", "eval human", "analyze"]
+
+
+def test_a_kernel_that_is_killed_is_a_sentence(study: Path) -> None:
+    orders(study.parent, train_human={"die": True})
+    code, text = run(study, stages=["generate", "train"])
+    assert code == 1
+    assert "train human failed" in text and "out of memory" in text
+    orders(study.parent)
+    assert run(study, stages=["generate", "train"])[0] == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_and_saves(study: Path, number: int, code: int) -> None:
+    orders(study.parent, generate_human={"seconds": 60})
+    launcher = launch(study, "generate", "train")
+    wait_for(study, "generate human")
+    time.sleep(0.5)
+    launcher.send_signal(number)
+    text, _ = launcher.communicate(timeout=40)
+    assert launcher.returncode == code, text
+    assert "generate human failed: stopped; what was finished is saved" in text
+    assert "Interrupted" in (study.parent / "runs/small/reports/01_generate-human.ipynb").read_text(encoding="utf-8")
+    assert processes_of(study) == []
+
+
+def kill_until_done(study: Path, n_kills: int, rng: random.Random, longest_s: float) -> None:
+    "Kill launchers at random instants, then let one finish; nothing is left running, nothing is wrong"
+    for _ in range(n_kills):
+        launcher = launch(study)
+        time.sleep(rng.uniform(0.3, longest_s))
+        launcher.kill()
+        launcher.communicate()
+        time.sleep(0.3)
+        assert processes_of(study) == []
+    code, text = run(study)
+    assert code == 0, text
+
+
+def test_kill_9_leaves_no_orphans_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    calm, killed = make_project(tmp_path / "calm", "human"), make_project(tmp_path / "killed", "human")
+    assert run(calm)[0] == 0
+    orders(killed.parent, train_human={"seconds": 2}, generate_human={"seconds": 1})
+    kill_until_done(killed, 2, random.Random(1), 8)
+    assert results(killed) == results(calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_9_at_many_instants(tmp_path: Path, seed: int) -> None:
+    calm, killed = make_project(tmp_path / "calm", "human", "deepseek"), make_project(tmp_path / "killed", "human", "deepseek")
+    assert run(calm)[0] == 0
+    orders(killed.parent, train_human={"seconds": 3}, train_deepseek={"seconds": 3}, generate_human={"seconds": 1})
+    kill_until_done(killed, 6, random.Random(seed), 15)
+    assert results(killed) == results(calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_9_of_a_stage(tmp_path: Path, seed: int) -> None:
+    calm, killed = make_project(tmp_path / "calm", "human"), make_project(tmp_path / "killed", "human")
+    assert run(calm)[0] == 0
+    rng = random.Random(seed)
+    orders(killed.parent, train_human={"seconds": 2}, eval_human={"seconds": 1})
+    for _ in range(4):
+        launcher = launch(killed)
+        time.sleep(rng.uniform(1, 6))
+        if victims := processes_of(killed):
+            rng.choice(victims).kill()
+        text, _ = launcher.communicate(timeout=120)
+        assert launcher.returncode in (0, 1), text
+        assert processes_of(killed) == []
+    assert run(killed)[0] == 0
+    assert results(killed) == results(calm)
+
+
+def test_two_gpus_train_two_students_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    study = make_project(tmp_path, "a", "b", "c", device="auto")
+    for teacher in "abc":
+        path = tmp_path / f"runs/small/teachers/{teacher}/rationales.parquet"
+        path.parent.mkdir(parents=True)
+        path.write_text("given")
+    orders(tmp_path, train_a={"seconds": 3}, train_b={"seconds": 3})
+    code, text = run(study, stages=["train"])
+    assert code == 0, text
+    first, second, third = seen(tmp_path)
+    assert {first["gpu"], second["gpu"]} == {"3", "5"} and third["gpu"] in ("3", "5")
+    assert third["at"] - max(first["at"], second["at"]) > 1.5
+
+
+def test_hosted_teachers_are_asked_side_by_side(tmp_path: Path) -> None:
+    study = make_project(tmp_path, "a", "b", "c", provider="openai")
+    orders(tmp_path, **{f"generate_{t}": {"seconds": 5} for t in "abc"})
+    assert run(study, stages=["generate"])[0] == 0
+    at = [one["at"] for one in seen(tmp_path)]
+    assert max(at) - min(at) < 5
+    assert {one["threads"] for one in seen(tmp_path)} == {"1"}
+
+
+def test_places_are_shared_out() -> None:
+    "One training at a time on a processor, light work beside it, and never more than asked for"
+    train, other = (Job("train", teacher, "compute") for teacher in "ab")
+    light, asking = Job("teachers", None, "light"), Job("generate", "a", "api")
+    hands = Hands(gpus=[], n_cores=2, n_jobs=99)
+    assert hands.take(train)["OMP_NUM_THREADS"] == "2" and hands.take(other) is None
+    assert hands.take(light)["OMP_NUM_THREADS"] == "1" and hands.take(asking) is not None
+    hands = Hands(gpus=[], n_cores=2, n_jobs=1)
+    assert hands.take(train) and hands.take(light) is None
+
+
+def test_keys_are_found_by_their_names() -> None:
+    found = secret_values({"DEEPSEEK_API_KEY": "sk-12345678", "MY_TOKEN": "abcdefghij", "PATH": "/usr/bin/and/more", "X": "chosen-value"}, names=("X",))
+    assert set(found) >= {"sk-12345678", "abcdefghij", "chosen-value"} and "/usr/bin/and/more" not in found
+
+
+def test_check_is_quick_when_all_is_done(study: Path) -> None:
+    "Deciding what is done starts no kernel and loads neither torch nor papermill"
+    assert run(study, stages=["generate"])[0] == 0
+    code = f"""
+import sys
+from cot_distill.pipeline import prepare_batch
+batch = prepare_batch({str(study)!r}, stages=['generate'], run_dir={str(study.parent / "runs/small")!r}, nbs={str(study.parent / "nbs")!r})
+print(batch.states, [m for m in ('torch', 'papermill', 'transformers', 'pandas') if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'generate human': 'done'} []"
+
+
+def test_plain_check_of_a_batch_settles_parameters(study: Path) -> None:
+    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    check_batch(batch)
+    assert set(batch.parameters) == {job.name for job in batch.jobs}
