@@ -319,15 +319,15 @@ def diff(
 
 @app.command()
 def site(
-    out: Annotated[Path, typer.Option(help="Folder of the site.")] = Path("_site"),
+    out: Annotated[Path, typer.Option(help="Folder of the website.")] = Path("_site"),
 ) -> None:
-    """Make the site from the notebooks, the reports and the results.
+    """Make the website from the notebooks, the published reports and the results; rendered where Quarto is installed.
 
     Example: [bold]cot-distill site --out _site[/]
     """
-    from cot_distill.site import stage_site
+    from cot_distill.site import make_site
 
-    print(stage_site(out))
+    print(make_site(out))
 
 # %% ../nbs/lib/cli.ipynb #64ce67f6
 def main(
