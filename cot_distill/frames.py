@@ -69,7 +69,6 @@ class Runs:
     evals: pd.DataFrame  # a row a run, problem set, variant and problem
     rationales: pd.DataFrame  # a row a run, teacher and completion
     training: pd.DataFrame  # a row a run and trained student
-    losses: pd.DataFrame  # a row a run, student and optimiser step
     info: pd.DataFrame  # a row a run: study, description, commit, hardware
 
 
@@ -78,7 +77,7 @@ def load_runs(
 ) -> Runs:
     "Read run folders; raises `InputError` for a folder that is missing or holds nothing to read"
     runs = [RunFolder(path) for path in run_dirs]
-    readers = {"results": _results, "evals": _evals, "rationales": _rationales, "training": _training, "losses": _losses, "info": _info}
+    readers = {"results": _results, "evals": _evals, "rationales": _rationales, "training": _training, "info": _info}
     for run in runs:
         if not run.config_file.exists() and not run.results_json.exists():
             raise InputError(f"{run.path} is no run folder: it has neither config.toml nor results.json; `cot-distill run` makes one under runs/")
@@ -141,12 +140,6 @@ def _training(run: RunFolder) -> pd.DataFrame:
     "What each student was trained on, and how surprising it found that before training"
     rows = [{"variant": variant} | {key: log.get(key) for key in TRAINING_COLUMNS[1:]} for variant, log in _logs(run).items()]
     return pd.DataFrame(rows, columns=TRAINING_COLUMNS)
-
-
-def _losses(run: RunFolder) -> pd.DataFrame:
-    "Training loss step by step"
-    rows = [{"variant": variant, "step": step["step"], "loss": step["loss"]} for variant, log in _logs(run).items() for step in log.get("steps", [])]
-    return pd.DataFrame(rows, columns=["variant", "step", "loss"])
 
 
 def _info(run: RunFolder) -> pd.DataFrame:

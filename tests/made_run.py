@@ -132,7 +132,7 @@ def rationale_frame(teacher: str, problems: list[Problem], rng: random.Random) -
     return pd.DataFrame(rows)
 
 
-def training_log(n_examples: int) -> dict:
+def training_log(n_examples: int, mean_nll: float) -> dict:
     "A training log with a falling loss"
     steps = max(2, n_examples // 8)
     return {
@@ -140,6 +140,7 @@ def training_log(n_examples: int) -> dict:
         "n_tokens": n_examples * 40,
         "n_steps": steps,
         "steps": [{"step": i + 1, "loss": 0.2 + 1.6 / (i + 1), "learning_rate": 2e-4} for i in range(steps)],
+        "mean_nll": mean_nll,
         "final_train_loss": 0.25,
         "train_wall_s": 61.0,
         "trainable_params": 1000,
@@ -201,7 +202,7 @@ def make_run(folder: Path, n_train: int = 48, n_eval: int = 64, seed: int = 0) -
         rationales = rationale_frame(variant, train, rng)
         rationales.to_parquet(folder / "teachers" / variant / "rationales.parquet", index=False)
         costs[variant] = float(rationales["cost_usd"].sum())
-        log = training_log(int(rationales["kept"].sum()))
+        log = training_log(int(rationales["kept"].sum()), {"human": 1.9, "recorded": 1.2}[variant])
         (folder / "students" / variant / "training_log.json").write_text(json.dumps(log))
     results = results_of("made", "two-step", evals["two-step"], costs)
     results["other_problem_sets"] = [results_of("made", "other", evals["other"], costs)]

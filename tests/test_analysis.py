@@ -1,0 +1,282 @@
+"The analysis: the published study's table, every question on a made run, and what is said when there is nothing to say"
+
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_run import make_run
+from matplotlib.figure import Figure
+
+from cot_distill import analysis
+from cot_distill.errors import InputError
+from cot_distill.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
+from cot_distill.plots import teacher_color
+from cot_distill.problems import load_problems
+from cot_distill.stats import paired_difference
+from cot_distill.texts import MISTAKES, equations, mistake, text_features, value_of
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "reports" / "original-study"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return load_runs([make_run(tmp_path_factory.mktemp("runs") / "made")])
+
+
+@pytest.fixture(scope="module")
+def published() -> Runs:
+    return load_runs([PUBLISHED])
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    "A run in which nothing has happened yet"
+    folder = tmp_path_factory.mktemp("runs") / "empty"
+    folder.mkdir()
+    (folder / "config.toml").write_text('name = "empty"\n')
+    return load_runs([folder])
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_the_published_study_gets_the_intervals_it_lacked(published: Runs) -> None:
+    rows = published.results.set_index("variant")
+    assert list(rows.index) == ["base", "gpt-4o-mini", "deepseek", "gemini", "human"]
+    assert list(rows["n_correct"]) == [804, 886, 852, 822, 624]
+    assert not rows["is_paired"].any()
+    p = rows["p"].drop("base").astype(float)
+    assert p["gpt-4o-mini"] == pytest.approx(0.0009, abs=1e-4)
+    assert p["deepseek"] == pytest.approx(0.054, abs=1e-3)
+    assert p["gemini"] == pytest.approx(0.47, abs=5e-3)
+    trained = rows.drop("base").astype({"delta": float, "delta_low": float, "delta_high": float})
+    assert (trained["delta_low"] < trained["delta"]).all() and (trained["delta"] < trained["delta_high"]).all()
+    table = analysis.results_table(published.results)
+    assert table.loc["gpt-4o-mini", "accuracy"] == "67.2 % [64.6, 69.7]"
+    assert table.loc["base", "difference to base, points"] == ""
+    assert "cut off" not in table.columns  # never published
+    sentences = " ".join(analysis.gain_sentences(published.results))
+    assert "better than the base at the 5 % level: **gpt-4o-mini**" in sentences
+    assert "not distinguishable from the base at the 5 % level: **deepseek**" in sentences
+
+
+def test_a_run_is_read_in_the_order_of_its_study(made: Runs) -> None:
+    assert list(made.results.columns) == RESULT_COLUMNS
+    assert list(made.evals["variant"].unique()) == ["base", "human", "recorded"]
+    assert set(made.evals["problem_set"]) == {"two-step", "other"}
+    assert list(made.training["variant"]) == ["human", "recorded"]
+    assert made.info["student"].tolist() == ["smollm2-135m"]
+
+
+def test_what_results_json_says_is_what_the_answers_say(made: Runs) -> None:
+    for (name, variant), answers in made.evals.groupby(["problem_set", "variant"]):
+        row = made.results.query("problem_set == @name and variant == @variant").iloc[0]
+        assert row["n_correct"] == answers["is_correct"].sum() and row["n"] == len(answers)
+        base = made.evals.query("problem_set == @name and variant == 'base'")
+        if variant != "base":
+            gain = paired_difference(answers["is_correct"].tolist(), base["is_correct"].tolist())
+            assert row["delta"] == pytest.approx(gain.delta) and row["p"] == pytest.approx(gain.p_mcnemar)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run folder"):
+        load_runs([tmp_path])
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "broken", 8, 8)
+    (run / "evals" / "human" / "two-step.parquet").write_bytes(b"PAR1 half")
+    with pytest.raises(InputError, match=r"human/two-step\.parquet"):
+        load_runs([run])
+
+
+def test_results_without_a_base_have_no_differences() -> None:
+    rows = result_rows({"n": 10, "variants": [{"variant": "human", "accuracy": 0.5}]})
+    assert rows[0]["delta"] is None and rows[0]["n_correct"] == 5
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
+    main = analysis.headline(made.results)
+    answers = analysis.with_outcomes(analysis.with_features(analysis.first_set(made.evals, made.results)))
+    texts = analysis.with_features(made.rationales)
+    shares = analysis.outcome_shares(answers)
+    beside = analysis.gains_beside_texts(main, texts, made.training)
+    said = {
+        1: analysis.gain_sentences(main), 2: analysis.ranking_sentences(analysis.pairwise(answers)), 3: analysis.teacher_sentences(texts),
+        4: analysis.collapse_sentences(shares), 5: analysis.mistake_sentences(shares), 6: analysis.cost_sentences(analysis.cost_table(main), "a machine"),
+        8: analysis.brittle_sentences(analysis.other_sets(made.results)),
+    }  # fmt: skip
+    for number, sentences in said.items():
+        assert sentences, number
+        assert not re.search(r"\bnan\b|None", " ".join(sentences)), (number, sentences)
+    assert list(beside["surprise"]) == [1.9, 1.2]
+    assert set(analysis.style_table(answers, texts).index) == {"untrained student", "human, teacher", "human, student", "recorded, teacher", "recorded, student"}
+
+
+def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
+    main = analysis.headline(made.results)
+    answers = analysis.with_outcomes(analysis.first_set(made.evals, made.results))
+    texts = analysis.with_features(made.rationales)
+    beside = analysis.gains_beside_texts(main, texts, made.training)
+    figures = {
+        "accuracy": (analysis.plot_accuracy, main), "forest": (analysis.plot_forest, main), "pairwise": (analysis.plot_pairwise, analysis.pairwise(answers)),
+        "lengths": (analysis.plot_lengths, texts), "gain": (analysis.plot_gain_against, beside), "outcomes": (analysis.plot_outcomes, analysis.outcome_shares(answers)),
+        "pareto": (analysis.plot_pareto, analysis.cost_table(main)), "others": (analysis.plot_other_sets, analysis.other_sets(made.results)),
+    }  # fmt: skip
+    for name, (plot, data) in figures.items():
+        ax = plot(data, ax=Figure().subplots())
+        assert ax.get_xlabel() or ax.get_title(), name
+        drawn = {t.get_text() for t in [*ax.texts, *ax.get_yticklabels(), *(ax.get_legend().get_texts() if ax.get_legend() else [])]}
+        assert any("human" in text for text in drawn), (name, drawn)
+        assert all("nan" not in text for text in drawn), (name, drawn)
+
+
+def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None:
+    before, main = dict(matplotlib.rcParams), analysis.headline(made.results)
+    copy = main.copy(deep=True)
+    analysis.plot_forest(main)
+    analysis.plot_accuracy(main)
+    assert dict(matplotlib.rcParams) == before
+    pd.testing.assert_frame_equal(main, copy)
+
+
+def test_outcomes_add_up_and_agree_with_accuracy(made: Runs) -> None:
+    answers = analysis.with_outcomes(analysis.first_set(made.evals, made.results))
+    shares = analysis.outcome_shares(answers)
+    assert shares.sum(axis="columns").round(6).eq(100).all()
+    accuracy = analysis.headline(made.results).set_index("variant")["accuracy"].astype(float)
+    assert (shares["right"] / 100 - accuracy).abs().max() < 1e-9
+    table = analysis.solved_table(answers)
+    assert len(table) == answers["problem_id"].nunique()
+    assert (table["base"] == "✓").sum() == answers.query("variant == 'base'")["is_correct"].sum()
+    assert table.iloc[0][["base", "human", "recorded"]].ne("✓").all()  # the hardest first
+
+
+def test_form_and_content_add_up_to_the_change(made: Runs) -> None:
+    shares = analysis.outcome_shares(analysis.with_outcomes(analysis.first_set(made.evals, made.results)))
+    for sentence in analysis.collapse_sentences(shares):
+        total, form, content = (float(x) for x in re.findall(r"[+-]\d+\.\d", sentence)[:3])
+        assert total == pytest.approx(form + content, abs=0.11)
+
+
+def test_a_ranking_is_corrected_for_the_number_of_pairs() -> None:
+    rng = random.Random(1)
+    ids = [f"p{i}" for i in range(200)]
+    frames = [pd.DataFrame({"variant": v, "problem_id": ids, "is_correct": [rng.random() < share for _ in ids]}) for v, share in (("base", 0.3), ("a", 0.5), ("b", 0.55), ("c", 0.8))]
+    pairs = analysis.pairwise(pd.concat(frames))
+    assert [(r.first, r.second) for r in pairs.itertuples()] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert (pairs["p_holm"] >= pairs["p"] - 1e-15).all() and pairs["p_holm"].max() <= 1
+    assert "c over a" in " ".join(analysis.ranking_sentences(pairs))
+
+
+def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
+    runs = load_runs([make_run(tmp_path / "small", 12, 40), make_run(tmp_path / "full", 60, 40, seed=1)])
+    table = analysis.sizes(runs)
+    assert sorted(table["variant"].unique()) == ["human", "recorded"] and len(table) == 4
+    assert len(analysis.size_sentences(table)) == 2
+    ax = analysis.plot_learning_curve(table, ax=Figure().subplots())
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [f"{n:,.0f}" for n in sorted(table["n_examples"].unique())]
+
+
+def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
+    for runs in (empty, published):
+        main = analysis.headline(runs.results)
+        answers = analysis.with_outcomes(analysis.with_features(analysis.first_set(runs.evals, runs.results)))
+        texts = analysis.with_features(runs.rationales)
+        shares = analysis.outcome_shares(answers)
+        assert analysis.ranking_sentences(analysis.pairwise(answers)) == []
+        assert analysis.teacher_sentences(texts) == [] and analysis.teacher_table(texts, runs.training).empty
+        assert analysis.collapse_sentences(shares) == [] and analysis.mistake_sentences(shares) == []
+        assert analysis.gains_beside_texts(main, texts, runs.training).empty
+        assert analysis.sizes(runs).empty and analysis.other_sets(runs.results).empty
+        assert analysis.solved_table(answers).empty and analysis.style_table(answers, texts).empty
+        assert "Not run" in analysis.drawn(analysis.plot_outcomes, shares, "no answers").data
+    assert analysis.gain_sentences(analysis.headline(empty.results)) == []
+
+
+def test_one_colour_a_teacher() -> None:
+    known = ["base", "human", "gpt-4o-mini", "deepseek", "gemini", "recorded"]
+    assert len({teacher_color(variant) for variant in known}) == len(known)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.46, "46.0 %"), (math.nan, ""), (None, "")])
+def test_shares_as_text(value: float | None, text: str) -> None:
+    assert analysis.percent(value) == text
+
+
+# ---------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("48/2 = <<48/2=24>>24 clips", [True]),
+        (r"\(3 \times 4 = 12\)", [True]),
+        ("5 boxes * 12 apples = 60 apples", [True]),
+        ("**Total**: $1,200 ÷ 4 = $300.00", [True]),
+        ("10 / 3 = 3.33", [True]),
+        ("7 + 8 = 16", [False]),
+        ("50% of 20 = 10", [True]),
+        ("15 / 90 * 100 = 16.67%", [True]),
+        ("- 200 + 200 = 400 miles", [True]),
+        ("2 * 900 = 30 * 60", []),
+        ("4w - 6 = 54", []),
+        ("x = 5", []),
+        ("1 hour + 20 minutes = 1 hour 20 minutes", []),
+        ("26 + 1/6 = 26 1/6 cups", []),
+        ("50 / 3 = 16 remainder 2", []),
+        ("6 nickels = 6 * 0.05 = 0.30", [True]),
+    ],
+)
+def test_equations_are_read_as_a_person_reads_them(text: str, expected: list[bool]) -> None:
+    assert [equation.is_true for equation in equations(text)] == expected
+
+
+def test_programme_made_solutions_hold_no_false_equation() -> None:
+    for problem in load_problems("two-step", "train", 300):
+        found = equations(problem.solution)
+        assert len(found) == 2 and all(equation.is_true for equation in found), problem
+
+
+@pytest.mark.parametrize("text", ["1 + " * 5000, "(" * 20_000, "9" * 20_000, "1 a " * 5000 + "=", "1+1=2 " * 4000, "\\frac{" * 4000, "<" * 20_000, "9**9**9 = 1", "=" * 9000])
+def test_hostile_texts_cost_no_time(text: str) -> None:
+    started = time.monotonic()
+    equations(text)
+    text_features(text)
+    assert time.monotonic() - started < 3
+
+
+@given(st.text(alphabet="0123456789+-*/()=.%$ xab\n\\{}", max_size=200))
+def test_no_text_breaks_the_reading(text: str) -> None:
+    for equation in equations(text):
+        assert math.isfinite(equation.value)
+    features = text_features(text)
+    assert features["n_false"] <= features["n_equations"]
+    assert mistake("How many are 2 and 3?", "5", text, "4") in MISTAKES
+
+
+@pytest.mark.parametrize("expression", ["__import__('os').system('x')", "9**9**9", "1/0", "[1]*9", "a+1", "lambda: 1", "1 if 1 else 2", "'a'*9"])
+def test_nothing_but_arithmetic_is_computed(expression: str) -> None:
+    assert value_of(expression) is None
+
+
+def test_the_chapter_says_nothing_that_was_typed() -> None:
+    "Numbers in the analysis' own prose come from cells; markdown cells hold none but in names and titles"
+    cells = json.loads((ROOT / "nbs" / "04_analysis.ipynb").read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            prose = re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`|^#+ .*$|question \d|chapter \d|95 %|5 %", "", "".join(cell["source"]), flags=re.MULTILINE)
+            assert not re.search(r"\d+(\.\d+)?\s*(%|points|problems)", prose), prose

@@ -1,0 +1,423 @@
+"What is published: pages that are safe, whole and readable, a staged site whose links hold, and a scan that refuses"
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from made_run import make_run
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from cot_distill.apidocs import api_pages, module_entries
+from cot_distill.errors import InputError
+from cot_distill.frames import load_runs
+from cot_distill.pages import notebook_html, page
+from cot_distill.reports import render_reports
+from cot_distill.runs import RunFolder
+from cot_distill.safety import refuse_to_publish, safe_html, scan_text, visible
+from cot_distill.site import freeze_run, make_site, quarto_notebook, stage_site
+
+ROOT = Path(__file__).resolve().parents[1]
+HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken=1'> \x1b[31mred\x1b[2J \u202e24 = 42\u202c $x$ ]]> &amp; {{ 7*7 }} </details></main>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def executed(title: str) -> nbformat.NotebookNode:
+    "A small executed report that holds everything a page must bear"
+    table = "<div><style scoped>td {}</style><table border='1' class='dataframe'><tr><td>4</td></tr></table></div>"
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    cells = [
+        new_markdown_cell(f"# {title}\n> One line\n\n## First\nOn to [scores](03_eval.ipynb), [texts](lib/texts.ipynb).\n\n## Second\n<script>window.broken = 1</script>"),
+        new_code_cell("#| export\ndef secret_sauce():\n    return 1"),
+        new_code_cell("#| hide\nhidden_test()"),
+        new_code_cell('teacher = "human"', metadata={"tags": ["injected-parameters"]}),
+        new_code_cell("print(completion)", outputs=[new_output("stream", text=HOSTILE)]),
+        new_code_cell("completion", outputs=[new_output("execute_result", {"text/plain": repr(HOSTILE), "text/html": table + HOSTILE}, execution_count=1)]),
+        new_code_cell('#| label: fig-x\n#| fig-cap: "A dot"\n#| fig-alt: "One dot"\nplot()', outputs=[new_output("display_data", {"image/png": png, "text/plain": "<Figure>"})]),
+        new_code_cell("bar", outputs=[new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "application/javascript": "window.broken=1"})]),
+    ]
+    return new_notebook(cells=cells, metadata={"papermill": {"end_time": "2026-11-22T20:00:00", "duration": 12.0, "exception": None}})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    "A made run with executed reports, hostile text in one answer and one rationale, rendered"
+    folder = make_run(tmp_path_factory.mktemp("runs") / "made", 24, 24)
+    for file in (folder / "evals/human/two-step.parquet", folder / "teachers/recorded/rationales.parquet"):
+        table = pd.read_parquet(file)
+        table.loc[0, ["completion", "question"]] = HOSTILE
+        table.to_parquet(file, index=False)
+    (folder / "reports").mkdir()
+    for name in ("00_teachers", "01_generate-human", "02_train-human", "03_eval-human", "03_eval-base", "04_analysis"):
+        nbformat.write(executed(name), folder / "reports" / f"{name}.ipynb")
+    run = RunFolder(folder)
+    render_reports(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pages(run: RunFolder) -> dict[str, BeautifulSoup]:
+    return {path.name: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in run.html_dir.glob("*.html")}
+
+
+# ---------------------------------------------------------------- pages of a run
+
+
+def test_there_is_a_page_for_every_report(pages: dict[str, BeautifulSoup]) -> None:
+    assert set(pages) == {
+        "index.html", "problems.html", "00_teachers.html", "01_generate-human.html", "02_train-human.html", "03_eval-human.html", "03_eval-base.html", "04_analysis.html",
+    }  # fmt: skip
+    linked = {link["href"] for link in pages["index.html"].find_all("a", href=True)}
+    assert set(pages) - {"index.html"} <= linked
+
+
+def test_every_link_leads_somewhere(pages: dict[str, BeautifulSoup]) -> None:
+    for name, soup in pages.items():
+        for link in soup.find_all("a", href=True):
+            file, _, anchor = link["href"].partition("#")
+            assert not file or file in pages, (name, link["href"])
+            target = pages[file] if file else soup
+            assert not anchor or target.find(id=unquote(anchor)), (name, link["href"])
+    train = pages["02_train-human.html"]
+    assert train.find("a", string="scores")["href"] == "03_eval-human.html"
+    assert train.find("a", string="texts") is None  # the chapter on texts is no page of a run
+
+
+def test_pages_are_self_contained(pages: dict[str, BeautifulSoup]) -> None:
+    for name, soup in pages.items():
+        for tag in soup.find_all(["script", "link", "img", "iframe", "source", "object", "embed"]):
+            for attribute in ("src", "href", "srcset", "data"):
+                assert tag.get(attribute, "data:").startswith("data:"), (name, tag)
+        policy = soup.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+        assert "default-src 'none'" in policy and "http" not in policy
+        assert "url(" not in soup.style.get_text() and "@import" not in soup.style.get_text()
+
+
+def test_model_text_is_text(pages: dict[str, BeautifulSoup]) -> None:
+    for name, soup in pages.items():
+        scripts = soup.find_all("script")
+        assert len(scripts) == (name == "problems.html"), name
+        assert not soup.find_all(lambda tag: any(attribute.startswith("on") for attribute in tag.attrs)), name
+        assert not re.search("[\x00-\x08\x1b\u202a-\u202e\u2066-\u2069]", str(soup)), name
+    shown = pages["problems.html"].get_text()
+    assert "<script>window.broken = 1</script>" in shown and "[U+202E]24 = 42" in shown and "{{ 7*7 }}" in shown
+
+
+def test_pages_can_be_read_by_anyone(pages: dict[str, BeautifulSoup]) -> None:
+    for name, soup in pages.items():
+        assert soup.html["lang"] == "en" and soup.title.get_text().strip(), name
+        assert len(soup.find_all("main")) == 1 and soup.find("a", class_="skip")["href"] == "#main"
+        assert len(soup.find_all("h1")) == 1, name
+        assert all(image.get("alt", "").strip() for image in soup.find_all("img")), name
+        ids = [tag["id"] for tag in soup.find_all(id=True)]
+        assert len(ids) == len(set(ids)), name
+        for table in soup.find_all("table"):
+            assert table.parent.get("tabindex") == "0"
+        for control in soup.find_all(["input", "select"]):
+            assert control.find_parent("label")
+
+
+def test_library_code_is_folded_and_tests_are_left_out(pages: dict[str, BeautifulSoup]) -> None:
+    soup = pages["02_train-human.html"]
+    folded = soup.find("details", class_="code")
+    assert "secret_sauce" in folded.summary.get_text() and not folded.has_attr("open")
+    assert "hidden_test" not in soup.get_text() and "#| " not in soup.get_text()
+    assert soup.find("figure").find("img")["alt"] == "One dot" and soup.find("figcaption").get_text() == "A dot"
+    assert "Parameters of this report" in soup.get_text()
+
+
+def test_the_index_says_what_results_json_says(run: RunFolder, pages: dict[str, BeautifulSoup]) -> None:
+    results = json.loads(run.results_json.read_text())
+    text = pages["index.html"].find("table").get_text(" ")
+    for variant in results["variants"]:
+        assert variant["variant"] in text and f"{100 * variant['accuracy']:.1f} %" in text
+    assert len(pages["index.html"].find_all("figure")) == 4
+    assert "Texts made by a program" in pages["index.html"].get_text() and "smollm2-135m" in pages["index.html"].get_text()
+
+
+def test_a_stopped_stage_is_shown_as_one(tmp_path: Path) -> None:
+    error = new_output("error", ename="InputError", evalue="no key", traceback=["\x1b[31mTraceback\x1b[0m"])
+    html = notebook_html(new_notebook(cells=[new_code_cell("run()", outputs=[error])]))
+    soup = BeautifulSoup(html, "html.parser")
+    assert "This stage stopped here" in soup.find(role="alert").get_text() and "no key" in soup.get_text()
+    assert soup.find("details").find("pre")  # the traceback is there, folded
+
+
+def test_a_run_in_which_nothing_happened_has_an_index(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('name = "new"\ndescription = "Nothing yet"\n')
+    soup = BeautifulSoup(render_reports(RunFolder(tmp_path)).read_text(), "html.parser")
+    assert "No trained student was scored yet." in soup.get_text()
+
+
+def test_rendering_again_changes_nothing_and_removes_what_is_gone(run: RunFolder) -> None:
+    before = {path.name: path.read_bytes() for path in run.html_dir.iterdir()}
+    (run.html_dir / "02_train-gone.html").write_text("old")
+    render_reports(run)
+    assert {path.name: path.read_bytes() for path in run.html_dir.iterdir()} == before
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_a_browser_opens_pages_without_errors_or_requests(run: RunFolder, tmp_path: Path) -> None:
+    for name in ("index.html", "02_train-human.html", "problems.html"):
+        net, shot = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr", f"--log-net-log={net}", f"--user-data-dir={tmp_path / 'profile'}"]
+        done = subprocess.run([CHROMIUM, *flags, "--window-size=1200,1600", f"--screenshot={shot}", (run.html_dir / name).as_uri()], capture_output=True, text=True, timeout=120)
+        assert shot.stat().st_size > 10_000, done.stderr
+        assert ":CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        asked = set(re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', net.read_text(errors="replace")))
+        assert not {url for url in asked if not re.search(r"google|gstatic|chrome", url)}, asked  # the browser's own errands
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_the_filter_of_the_problems_page_works(run: RunFolder, tmp_path: Path) -> None:
+    html = (run.html_dir / "problems.html").read_text(encoding="utf-8")
+    probe = "const s = document.querySelector('select[data-variant=\"base\"]'); s.value = 'right'; s.dispatchEvent(new Event('input', {bubbles: true})); document.title = count.textContent;"
+    copy = tmp_path / "problems.html"
+    copy.write_text(html.replace("filter();\n</script>", f"filter();\n{probe}</script>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, copy.as_uri()], capture_output=True, text=True, timeout=120)
+    evals = load_runs([run.path]).evals.query("variant == 'base' and problem_set == 'two-step'")
+    assert f"<title>{evals['is_correct'].sum()} of {24 + 24} problems</title>" in done.stdout
+
+
+# ---------------------------------------------------------------- safety
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("OPENAI_API_KEY=sk-" + "proj-abc123def456ghi", "key"),
+        ("AIza" + "SyA1b2c3d4e5f6g7h8i9j0k1l2m3n4", "key"),
+        ("hf_" + "a" * 34, "key"),
+        ("ghp_" + "B" * 36, "key"),
+        ("File /" + "home/grace/project/x.py", "home folder"),
+        ("/" + "Users/grace/x", "home folder"),
+        ("/" + "root/.cache/huggingface", "home folder"),
+        ("C:" + "\\Users\\grace\\x", "home folder"),
+        ("listening on 192.168." + "1.7:8000", "host name"),
+        ("gpu-7." + "internal", "host name"),
+    ],
+)
+def test_leaks_are_found(text: str, kind: str, tmp_path: Path) -> None:
+    assert [finding.kind for finding in scan_text(f"fine\n{text}\n")][:1] == [kind]
+    (tmp_path / "report.json").write_text(f"fine\n{text}\n")
+    with pytest.raises(InputError, match=r"report\.json:2") as caught:
+        refuse_to_publish([tmp_path], tmp_path)
+    assert kind in str(caught.value) and (kind != "key" or text not in str(caught.value))
+
+
+@pytest.mark.parametrize("text", ["risk-free", "a task-12345678 of 10.5", "https://example.com/home/index.html", "/usr/lib/python3", "the /home page", "10.0.3", "x = self.local", "version 10.12.1", "sk-lesson-0123456789", "/home/ada/x"])
+def test_innocent_text_passes(text: str) -> None:
+    assert list(scan_text(text)) == []
+
+
+def test_a_key_in_the_environment_is_found_by_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "quite-ordinary-words")
+    assert [f.kind for f in scan_text("sent quite-ordinary-words along")] == ["value of SOME_API_KEY"]
+
+
+def test_a_leak_in_a_table_is_found(tmp_path: Path) -> None:
+    pd.DataFrame({"completion": ["see /" + "home/grace/x"], "n": [1]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="home folder"):
+        refuse_to_publish([tmp_path], tmp_path)
+
+
+@pytest.mark.parametrize("html", ["<script>x</script>", "<img src=x onerror=x>", "<svg onload=x>", "<a href='javascript:x'>", "<iframe src=x>", "<style>@import 'x'</style>", "<p style='background:url(http://x)'>", "<object data=x>", "<form action=x>", "<base href=x>", "<meta http-equiv=refresh>"])
+def test_markup_that_runs_or_loads_is_taken_out(html: str) -> None:
+    soup = BeautifulSoup(safe_html(html), "html.parser")
+    assert not soup.find_all(["script", "img", "svg", "iframe", "style", "object", "form", "base", "meta"])
+    assert "javascript:" not in str(soup) and "url(" not in str(soup)
+
+
+def test_invisible_controls_become_words() -> None:
+    assert visible("a\u202eb\x1b[0m\u2066c\x00") == "a[U+202E]b[U+001B][0m[U+2066]c[U+0000]"
+    assert visible("tab\t line\n é 漢字 👩‍🔬") == "tab\t line\n é 漢字 👩‍🔬"
+
+
+def test_titles_are_escaped() -> None:
+    assert "<title>&lt;b&gt;</title>" in page("<b>", "")
+
+
+# ---------------------------------------------------------------- frozen runs
+
+
+def test_a_frozen_run_is_small_and_says_the_same(run: RunFolder, tmp_path: Path) -> None:
+    frozen = freeze_run(run, tmp_path / "frozen")
+    size = sum(path.stat().st_size for path in frozen.rglob("*") if path.is_file() and path.suffix != ".ipynb")
+    assert size < 200_000
+    a, b = load_runs([run.path]), load_runs([frozen])
+    pd.testing.assert_frame_equal(a.results.drop(columns="run"), b.results.drop(columns="run"))
+    pd.testing.assert_frame_equal(a.evals.drop(columns="run"), b.evals.drop(columns="run"))
+    assert (frozen / "accuracy.svg").exists() and (frozen / "reports" / "04_analysis.ipynb").exists()
+
+
+def test_freezing_too_much_or_a_leak_is_refused_and_the_old_copy_stays(run: RunFolder, tmp_path: Path) -> None:
+    frozen = freeze_run(run, tmp_path / "frozen")
+    with pytest.raises(InputError, match="more than 1,000"):
+        freeze_run(run, frozen, max_bytes=1000)
+    leaky = RunFolder(shutil.copytree(run.path, tmp_path / "leaky"))
+    notebook = nbformat.read(leaky.reports_dir / "04_analysis.ipynb", 4)
+    notebook.cells[0].source += "\n/" + "home/grace"
+    nbformat.write(notebook, leaky.reports_dir / "04_analysis.ipynb")
+    with pytest.raises(InputError, match=r"reports/04_analysis\.ipynb:\d+: home folder"):
+        freeze_run(leaky, frozen)
+    assert load_runs([frozen]).results["n"].iloc[0] == 24
+    assert not list(tmp_path.glob(".freeze-*"))
+
+
+# ---------------------------------------------------------------- the site
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory, run: RunFolder) -> Path:
+    "The project's site, with a published study made from the made run"
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in ("nbs", "cot_distill", "site"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("_quarto.yml", "index.qmd", "README.md", "settings.ini"):
+        shutil.copy(ROOT / name, checkout / name)
+    shutil.copytree(ROOT / "reports" / "original-study", checkout / "reports" / "original-study")
+    freeze_run(run, checkout / "reports" / "demo")
+    return stage_site(checkout / "_proc", checkout)
+
+
+def staged_texts(staged: Path) -> dict[Path, str]:
+    "Markdown of all staged pages"
+    texts = {path: path.read_text(encoding="utf-8") for path in staged.rglob("*.qmd")} | {staged / "README.md": (staged / "README.md").read_text(encoding="utf-8")}
+    for path in staged.rglob("*.ipynb"):
+        texts[path] = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    return texts
+
+
+def test_the_project_file_is_plain_and_its_pages_exist(staged: Path) -> None:
+    project = yaml.safe_load((staged / "_quarto.yml").read_text(encoding="utf-8"))
+    assert project["project"]["type"] == "website" and project["execute"] == {"enabled": False}
+    assert project["format"]["html"]["html-math-method"] == "mathml"
+    assert project["website"]["search"] and set(project["format"]["html"]["theme"]) == {"light", "dark"}
+    text = json.dumps(project)
+    for path in re.findall(r'"((?:nbs|site|api|reports)?/?[\w/]+\.(?:ipynb|qmd|scss))"', text):
+        assert (staged / path).exists(), path
+    for pattern in [*project["project"]["render"], *re.findall(r'"((?:nbs|api|reports)[\w/]*/\*\*)"', text)]:
+        assert list(staged.glob(pattern)), pattern
+    rendered = {path for pattern in project["project"]["render"] for path in staged.glob(pattern)}
+    pages = {path for path in staged.rglob("*") if path.suffix in (".ipynb", ".qmd")}
+    assert rendered == pages
+
+
+def test_every_link_and_image_of_the_site_resolves(staged: Path) -> None:
+    n_links = 0
+    for path, text in staged_texts(staged).items():
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+        for href in re.findall(r"!?\[[^\]]*\]\(([^)\s]+)", prose):
+            if re.match(r"[a-z]+:|#", href):
+                continue
+            n_links += 1
+            target = (path.parent / unquote(href.partition("#")[0])).resolve()
+            in_project = ROOT / target.relative_to(staged.resolve()) if target.is_relative_to(staged.resolve()) else None
+            assert target.exists() or (path.name == "README.md" and in_project and in_project.exists()), (path.relative_to(staged), href)
+    assert n_links > 40
+
+
+def test_staged_notebooks_are_pages_quarto_understands(staged: Path) -> None:
+    for path in staged.rglob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)
+        front = notebook.cells[0]
+        assert front.cell_type == "raw" and yaml.safe_load(front.source.strip("-\n"))["title"], path
+        for cell in notebook.cells[1:]:
+            options = re.findall(r"^#\| (.*)$", cell.source, flags=re.MULTILINE) if cell.cell_type == "code" else []
+            assert isinstance(yaml.safe_load("\n".join(options)) or {}, dict), (path, options)
+            assert cell.cell_type != "markdown" or not re.search(r"^# ", re.sub(r"```.*?```", "", cell.source, flags=re.DOTALL), flags=re.MULTILINE), (path, cell.source[:80])
+
+
+def test_nothing_of_the_site_runs_loads_or_deceives(staged: Path) -> None:
+    for path in staged.rglob("*.ipynb"):
+        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+        assert not re.search("javascript|widget-view|\u202e|\\\\u001b", json.dumps(outputs, ensure_ascii=False), flags=re.IGNORECASE), path
+        markup = " ".join(v for o in outputs for k, v in o.get("data", {}).items() if k in ("text/html", "text/markdown", "image/svg+xml"))
+        assert "<script" not in markup.lower(), path
+        assert not re.search(r"<(?:img|link|iframe|image|use)\b[^>]*(?:src|href)=[\"']https?:", markup), path
+
+
+def test_figures_of_the_site_have_descriptions(staged: Path) -> None:
+    for path in [*staged.glob("nbs/*.ipynb"), *staged.glob("reports/*/reports/*.ipynb")]:
+        for cell in nbformat.read(path, 4).cells:
+            if any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
+                assert "#| fig-alt:" in cell.source and "#| fig-cap:" in cell.source, (path, cell.source[:200])
+
+
+def test_every_module_has_a_reference_page_with_all_its_functions(staged: Path) -> None:
+    modules = {path.stem: path for path in (ROOT / "cot_distill").glob("*.py") if not path.name.startswith("_")}
+    assert {path.stem for path in (staged / "api").glob("*.qmd")} == {*modules, "index"}
+    for name, path in modules.items():
+        page_text = (staged / "api" / f"{name}.qmd").read_text(encoding="utf-8")
+        for entry in module_entries(path.read_text(encoding="utf-8")):
+            assert entry.name in page_text, (name, entry.name)
+        for line in page_text.splitlines():
+            if line.startswith("| `"):
+                assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+
+
+def test_reference_pages_import_nothing(tmp_path: Path) -> None:
+    (tmp_path / "harmful.py").write_text('"""Doc"""\n# AUTOGENERATED!\nraise SystemExit("imported")\ndef f(x: "int | None" = None):  # a | b\n    "Say <b>"\n')
+    text = api_pages(tmp_path)["harmful.qmd"]
+    assert "`int \\| None`" in text and "Say \\<b\\>" in text
+
+
+def test_staging_outside_a_checkout_and_leaks_are_refused(staged: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no _quarto.yml"):
+        stage_site(tmp_path / "out", tmp_path)
+    checkout = staged.parent
+    readme = (checkout / "README.md").read_text(encoding="utf-8")
+    try:
+        (checkout / "README.md").write_text(readme + "\nsk-" + "abcdefgh12345678")
+        with pytest.raises(InputError, match=r"README\.md:\d+: key"):
+            stage_site(checkout / "_proc", checkout)
+        assert "sk-q1w" not in (staged / "README.md").read_text(encoding="utf-8")  # the former tree stays
+    finally:
+        (checkout / "README.md").write_text(readme, encoding="utf-8")
+
+
+def test_without_quarto_one_is_told_how_to_go_on(staged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(staged.parent)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = make_site()
+    assert "pip install quarto-cli" in said and "html/index.html" in said
+
+
+def test_quarto_is_asked_to_render_the_staged_tree(staged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "quarto"
+    fake.write_text('#!/bin/sh\nmkdir -p "$2/_site" && echo page > "$2/_site/index.html"\n')
+    fake.chmod(0o755)
+    monkeypatch.chdir(staged.parent)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert make_site("_site") == "The site is in _site/index.html"
+    assert (staged.parent / "_site" / "index.html").read_text() == "page\n"
+    fake.write_text("#!/bin/sh\necho 'no such theme' >&2; exit 1\n")
+    with pytest.raises(InputError, match="no such theme"):
+        make_site("_site")
+
+
+def test_library_cells_are_folded_and_directives_gone() -> None:
+    notebook = quarto_notebook(executed("Train"), "Train · human")
+    sources = [cell.source for cell in notebook.cells]
+    assert any(source.startswith("#| code-fold: true") and "secret_sauce" in source for source in sources)
+    assert not any("#| export" in source or "hidden_test" in source for source in sources)
+    assert yaml.safe_load(sources[0].strip("-\n")) == {"title": "Train · human", "description": "One line"}
+
+
+# ---------------------------------------------------------------- README
+
+
+def test_the_readme_is_short_and_its_links_hold() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    for href in re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", text):
+        assert re.match(r"https?:", href) or (ROOT / href).exists(), href
