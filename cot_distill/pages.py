@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from html import unescape
 from importlib import resources
 from typing import Any
 
@@ -89,11 +90,18 @@ def _exporter() -> Any:
     "nbconvert with our cell template, nothing fetched from elsewhere"
     from jinja2 import DictLoader
     from nbconvert import HTMLExporter
+    from nbconvert.exporters.templateexporter import TemplateExporter
+    from nbconvert.filters import Highlight2HTML
+
+    class _Cells(HTMLExporter):
+        "Without the parent's reading of the finished page once more, which takes as long as making it"
+
+        def from_notebook_node(self, nb: Any, resources: Any = None, **kw: Any) -> tuple[str, Any]:
+            self.register_filter("highlight_code", Highlight2HTML(pygments_lexer="python", parent=self))
+            return TemplateExporter.from_notebook_node(self, nb, self._init_resources(resources), **kw)
 
     loader = DictLoader({"cells.html.j2": asset("cells.html.j2")})
-    exporter = HTMLExporter(extra_loaders=[loader], template_file="cells.html.j2", mathjax_url="", require_js_url="", embed_images=True)
-    exporter.register_filter("safe_html", safe_html)
-    return exporter
+    return _Cells(extra_loaders=[loader], template_file="cells.html.j2", mathjax_url="", require_js_url="", embed_images=True)
 
 
 def notebook_html(
@@ -101,12 +109,15 @@ def notebook_html(
     resolve: Callable[[str], str | None] = lambda href: None,  # where a relative link leads on these pages; None: nowhere
 ) -> str:  # HTML of its cells, to be put into a page
     "A notebook's cells as safe HTML"
-    html, _ = _exporter().from_notebook_node(prepared(notebook))
-    return visible(_readable(html, resolve))
+    exporter = _exporter()
+    exporter.register_filter("safe_html", lambda html: _readable(safe_html(html), resolve))
+    return visible(exporter.from_notebook_node(prepared(notebook))[0])
 
 
 def _readable(html: str, resolve: Callable[[str], str | None]) -> str:
     "Wide tables scroll by keyboard too, tables of words are set left, links lead somewhere or are none"
+    if "<table" not in html and "<a " not in html:
+        return html
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
@@ -117,10 +128,8 @@ def _readable(html: str, resolve: Callable[[str], str | None]) -> str:
         else:
             link.unwrap()
     for table in soup.find_all("table"):
-        cells = [cell.get_text() for cell in table.find_all("td")]
-        if any(len(text) > 40 for text in cells):
+        if any(len(cell.get_text()) > 40 for cell in table.find_all("td")):
             table["class"] = [*table.get("class", []), "wordy"]
-        table.attrs.pop("border", None)
         table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "table"}))
     return str(soup)
 
@@ -155,7 +164,6 @@ def page(
 
 def _headings(body: str) -> list[dict[str, str]]:
     "Headings of the second level, for the table of contents"
-    from bs4 import BeautifulSoup
-
-    found = BeautifulSoup(body, "html.parser").find_all("h2", id=True)
-    return [{"id": h["id"], "text": h.get_text().removesuffix("¶").strip()} for h in found] if len(found) > 1 else []
+    found = re.findall(r'<h2 id="([^"]+)">(.*?)</h2>', body, flags=re.DOTALL)
+    headings = [{"id": unescape(anchor), "text": unescape(re.sub(r"<[^>]+>", "", text)).removesuffix("¶").strip()} for anchor, text in found]
+    return headings if len(headings) > 1 else []
