@@ -6,9 +6,10 @@
 __all__ = ['LABELS', 'FORM', 'OUTCOME_COLORS', 'percent', 'p_text', 'said', 'drawn', 'headline', 'results_table', 'plot_accuracy',
            'plot_forest', 'gain_sentences', 'first_set', 'pairwise', 'plot_pairwise', 'ranking_sentences',
            'with_features', 'teacher_table', 'plot_lengths', 'teacher_sentences', 'gains_beside_texts',
-           'plot_gain_against', 'style_table', 'with_outcomes', 'outcome_shares', 'collapse_sentences', 'plot_outcomes',
-           'mistake_examples', 'solved_table', 'mistake_sentences', 'cost_table', 'plot_pareto', 'cost_sentences',
-           'sizes', 'plot_learning_curve', 'size_sentences', 'other_sets', 'plot_other_sets', 'brittle_sentences']
+           'plot_gain_against', 'style_table', 'with_outcomes', 'outcome_shares', 'collapse_sentences', 'lost_table',
+           'plot_outcomes', 'mistake_examples', 'solved_table', 'mistake_sentences', 'cost_table', 'plot_pareto',
+           'cost_sentences', 'sizes', 'plot_learning_curve', 'size_sentences', 'other_sets', 'plot_other_sets',
+           'brittle_sentences']
 
 # %% ../nbs/04_analysis.ipynb #902e38c8
 import math
@@ -286,7 +287,7 @@ def plot_lengths(
     ax = _axes(ax, 5)
     for teacher, group in texts.groupby("variant", sort=False):
         ax.ecdf(group["n_words"], color=_color(teacher), linewidth=2, label=f"{teacher} (n = {len(group):,}, median {group['n_words'].median():.0f})")
-    ax.set(xlabel="words a text", ylabel="share of texts up to this length", xlim=(0, None))
+    ax.set(xlabel="words a text", ylabel="share of texts up to this length", xlim=(0, 1.15 * texts.groupby("variant")["n_words"].quantile(0.99).max()))
     ax.legend(frameon=False, loc="lower right")
     return _tidy(ax)
 
@@ -405,6 +406,23 @@ def collapse_sentences(
         for variant in change.index
         if variant != "base"
     ]
+
+# %% ../nbs/04_analysis.ipynb #6481330d
+def lost_table(
+    answers: pd.DataFrame,  # answers with `outcome`
+) -> pd.DataFrame:  # a row a trained student
+    "Problems that the base solved and a trained student lost, by what went wrong; and what it won"
+    if answers.empty or "base" not in set(answers["variant"]):
+        return pd.DataFrame()
+    outcomes = answers.pivot(index="problem_id", columns="variant", values="outcome")
+    solved = outcomes["base"] == "right"
+    rows = {}
+    for variant in [name for name in answers["variant"].unique() if name != "base"]:
+        lost = outcomes.loc[solved & (outcomes[variant] != "right"), variant]
+        won = int((~solved & (outcomes[variant] == "right")).sum())
+        rows[variant] = {"base solved": int(solved.sum()), "won": won, "lost": len(lost)} | {name: int((lost == name).sum()) for name in MISTAKES}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.loc[:, [c for c in table if c not in MISTAKES or table[c].any()]] if rows else table
 
 # %% ../nbs/04_analysis.ipynb #4a61b074
 OUTCOME_COLORS = {

@@ -156,7 +156,7 @@ def _balanced(expression: str) -> str:
 
 # %% ../nbs/lib/texts.ipynb #7052b75d
 MARKUP = re.compile(r"\*\*|^#{1,3}\s|\\\(|\\\[|\\frac|\\boxed|<[a-zA-Z/][^<>]*>|`", re.MULTILINE)
-NAME = re.compile(r"(?<=\s)[A-Z][a-z]+|^[A-Z][a-z]+(?='s| has| had| buys| is| was)")
+NAME = re.compile(r"(?<=\s)[A-Z][a-z]+|^(?!(?:Let|That|It|There|Here|What)'s)[A-Z][a-z]+(?='s| has| had| buys| is| was)")
 
 
 def text_features(
