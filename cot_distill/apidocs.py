@@ -118,10 +118,11 @@ def entry_markdown(
 
 
 def _code(text: str) -> str:
-    "Text as code inside a table cell"
-    text = " ".join(text.split()).replace("|", "\\|")
+    "Text as code inside a table cell; the parts of a union are set one by one, as no table knows a pipe in code"
+    text = " ".join(text.split())
+    text = text if len(text) <= 90 else text[:87] + "..."
     fence = "``" if "`" in text else "`"
-    return f"{fence}{text if len(text) <= 90 else text[:87] + '...'}{fence}" if text else ""
+    return " \\| ".join(f"{fence}{part.strip()}{fence}" for part in text.split("|") if part.strip()) if text else ""
 
 
 def _prose(text: str) -> str:

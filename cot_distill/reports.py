@@ -21,10 +21,13 @@ import pandas as pd
 
 from . import analysis
 from .frames import Runs, load_runs
+from .outcomes import outcome_shares, with_outcomes
 from .pages import Link, asset, notebook_html, page
 from .plots import teacher_color
 from .runs import RunFolder, atomic_path, read_json
 from .safety import safe_html, visible
+from .texts import MISTAKES
+from .words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,7 +193,7 @@ def problems_html(
 ) -> str:  # a complete page
     "The page of all problems, test problems first"
     answers = analysis.first_set(runs.evals, runs.results)
-    tested = analysis.with_outcomes(answers) if len(answers) else answers
+    tested = with_outcomes(answers) if len(answers) else answers
     taught = runs.rationales.assign(outcome=["right" if right else reason if isinstance(reason, str) else "wrong" for right, reason in zip(runs.rationales["is_correct"], runs.rationales["drop_reason"], strict=True)])
     parts = ["<h1>Problems</h1>", '<p class="lead">Every problem with all that was written about it. Choose, search, open.</p>', _filters(tested)]
     for anchor, title, rows in (("tested", "Test problems: what the students answered", tested), ("taught", "Training problems: what the teachers wrote", taught)):
@@ -203,7 +206,7 @@ def problems_html(
 
 def _filters(tested: pd.DataFrame) -> str:
     "Controls that the page's script brings to life; without scripts they stay hidden"
-    outcomes = ["right", "wrong", *(o for o in analysis.MISTAKES if len(tested) and o in set(tested["outcome"]))]
+    outcomes = ["right", "wrong", *(o for o in MISTAKES if len(tested) and o in set(tested["outcome"]))]
     options = '<option value="">any</option>' + "".join(f'<option value="{o}">{o}</option>' for o in outcomes)
     names = list(tested["variant"].unique()) if len(tested) else []
     selects = "".join(f'<label>{escape(name)}<select data-variant="{escape(name)}">{options}</select></label>' for name in names)
@@ -292,11 +295,11 @@ def figures_html(
     "The figures of the index"
     main = analysis.headline(runs.results)
     answers = analysis.first_set(runs.evals, runs.results)
-    shares = analysis.outcome_shares(analysis.with_outcomes(answers)) if len(answers) else pd.DataFrame()
+    shares = outcome_shares(with_outcomes(answers)) if len(answers) else pd.DataFrame()
     trained = main[main["delta"].notna()] if len(main) else main
     texts = analysis.with_features(runs.rationales)
-    told = "; ".join(f"{row.variant} {analysis.percent(row.accuracy, row.low, row.high)}" for row in main.itertuples())
-    gains = "; ".join(f"{row.variant} {analysis.percent(row.delta, row.delta_low, row.delta_high, signed=True)} points" for row in trained.itertuples())
+    told = "; ".join(f"{row.variant} {percent(row.accuracy, row.low, row.high)}" for row in main.itertuples())
+    gains = "; ".join(f"{row.variant} {percent(row.delta, row.delta_low, row.delta_high, signed=True)} points" for row in trained.itertuples())
     return [
         figure_html(analysis.plot_accuracy, main, f"Accuracy by student: {told}.", "Right answers. Dot: measured; bar: 95 % interval; dashed: the untrained student."),
         figure_html(analysis.plot_forest, trained, f"Difference to the untrained student: {gains}.", "Difference to the untrained student, with 95 % interval and p after Holm."),

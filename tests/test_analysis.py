@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 from cot_distill import analysis
 from cot_distill.errors import InputError
 from cot_distill.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
+from cot_distill.outcomes import lost_table, outcome_shares, solved_table, with_outcomes
 from cot_distill.plots import teacher_color
 from cot_distill.problems import load_problems
 from cot_distill.stats import paired_difference
 from cot_distill.texts import MISTAKES, equations, mistake, text_features, value_of
+from cot_distill.words import drawn, percent
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,9 +112,9 @@ def test_results_without_a_base_have_no_differences() -> None:
 
 def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
     main = analysis.headline(made.results)
-    answers = analysis.with_outcomes(analysis.with_features(analysis.first_set(made.evals, made.results)))
+    answers = with_outcomes(analysis.with_features(analysis.first_set(made.evals, made.results)))
     texts = analysis.with_features(made.rationales)
-    shares = analysis.outcome_shares(answers)
+    shares = outcome_shares(answers)
     beside = analysis.gains_beside_texts(main, texts, made.training)
     said = {
         1: analysis.gain_sentences(main), 2: analysis.ranking_sentences(analysis.pairwise(answers)), 3: analysis.teacher_sentences(texts),
@@ -128,12 +130,12 @@ def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
 
 def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
     main = analysis.headline(made.results)
-    answers = analysis.with_outcomes(analysis.first_set(made.evals, made.results))
+    answers = with_outcomes(analysis.first_set(made.evals, made.results))
     texts = analysis.with_features(made.rationales)
     beside = analysis.gains_beside_texts(main, texts, made.training)
     figures = {
         "accuracy": (analysis.plot_accuracy, main), "forest": (analysis.plot_forest, main), "pairwise": (analysis.plot_pairwise, analysis.pairwise(answers)),
-        "lengths": (analysis.plot_lengths, texts), "gain": (analysis.plot_gain_against, beside), "outcomes": (analysis.plot_outcomes, analysis.outcome_shares(answers)),
+        "lengths": (analysis.plot_lengths, texts), "gain": (analysis.plot_gain_against, beside), "outcomes": (analysis.plot_outcomes, outcome_shares(answers)),
         "pareto": (analysis.plot_pareto, analysis.cost_table(main)), "others": (analysis.plot_other_sets, analysis.other_sets(made.results)),
     }  # fmt: skip
     for name, (plot, data) in figures.items():
@@ -154,19 +156,27 @@ def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None
 
 
 def test_outcomes_add_up_and_agree_with_accuracy(made: Runs) -> None:
-    answers = analysis.with_outcomes(analysis.first_set(made.evals, made.results))
-    shares = analysis.outcome_shares(answers)
+    answers = with_outcomes(analysis.first_set(made.evals, made.results))
+    shares = outcome_shares(answers)
     assert shares.sum(axis="columns").round(6).eq(100).all()
     accuracy = analysis.headline(made.results).set_index("variant")["accuracy"].astype(float)
     assert (shares["right"] / 100 - accuracy).abs().max() < 1e-9
-    table = analysis.solved_table(answers)
+    table = solved_table(answers)
     assert len(table) == answers["problem_id"].nunique()
     assert (table["base"] == "✓").sum() == answers.query("variant == 'base'")["is_correct"].sum()
     assert table.iloc[0][["base", "human", "recorded"]].ne("✓").all()  # the hardest first
 
 
+def test_what_was_lost_and_won_is_the_whole_change(made: Runs) -> None:
+    answers = with_outcomes(analysis.first_set(made.evals, made.results))
+    table, main = lost_table(answers), analysis.headline(made.results).set_index("variant")
+    for variant, row in table.iterrows():
+        assert row["won"] - row["lost"] == main.loc[variant, "n_correct"] - main.loc["base", "n_correct"]
+        assert row["lost"] == sum(row[name] for name in MISTAKES if name in table)
+
+
 def test_form_and_content_add_up_to_the_change(made: Runs) -> None:
-    shares = analysis.outcome_shares(analysis.with_outcomes(analysis.first_set(made.evals, made.results)))
+    shares = outcome_shares(with_outcomes(analysis.first_set(made.evals, made.results)))
     for sentence in analysis.collapse_sentences(shares):
         total, form, content = (float(x) for x in re.findall(r"[+-]\d+\.\d", sentence)[:3])
         assert total == pytest.approx(form + content, abs=0.11)
@@ -194,16 +204,16 @@ def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
 def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
     for runs in (empty, published):
         main = analysis.headline(runs.results)
-        answers = analysis.with_outcomes(analysis.with_features(analysis.first_set(runs.evals, runs.results)))
+        answers = with_outcomes(analysis.with_features(analysis.first_set(runs.evals, runs.results)))
         texts = analysis.with_features(runs.rationales)
-        shares = analysis.outcome_shares(answers)
+        shares = outcome_shares(answers)
         assert analysis.ranking_sentences(analysis.pairwise(answers)) == []
         assert analysis.teacher_sentences(texts) == [] and analysis.teacher_table(texts, runs.training).empty
         assert analysis.collapse_sentences(shares) == [] and analysis.mistake_sentences(shares) == []
         assert analysis.gains_beside_texts(main, texts, runs.training).empty
         assert analysis.sizes(runs).empty and analysis.other_sets(runs.results).empty
-        assert analysis.solved_table(answers).empty and analysis.style_table(answers, texts).empty
-        assert "Not run" in analysis.drawn(analysis.plot_outcomes, shares, "no answers").data
+        assert solved_table(answers).empty and analysis.style_table(answers, texts).empty
+        assert "Not run" in drawn(analysis.plot_outcomes, shares, "no answers").data
     assert analysis.gain_sentences(analysis.headline(empty.results)) == []
 
 
@@ -214,7 +224,7 @@ def test_one_colour_a_teacher() -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(0.46, "46.0 %"), (math.nan, ""), (None, "")])
 def test_shares_as_text(value: float | None, text: str) -> None:
-    assert analysis.percent(value) == text
+    assert percent(value) == text
 
 
 # ---------------------------------------------------------------- texts
