@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGED_STUDENTS', 'gguf_file', 'cache_dir', 'sha256_of', 'quiet', 'convert_gguf', 'student_source', 'student_of',
-           'load_tokenizer', 'end_of_turn_id', 'prompt_ids', 'plain_ids', 'prompt_text', 'completion_ids', 'stop_ids',
-           'device_of', 'load_student', 'load_adapter', 'using']
+           'student_identity', 'load_tokenizer', 'end_of_turn_id', 'prompt_ids', 'plain_ids', 'prompt_text',
+           'completion_ids', 'stop_ids', 'device_of', 'load_student', 'load_adapter', 'using']
 
 # %% ../nbs/lib/students.ipynb #765ad7b8
 import hashlib
@@ -172,6 +172,20 @@ def student_of(
 ) -> StudentConfig:  # the same settings, with `model` ready to open
     "The study's student, its path (if it is one) seen from the working directory"
     return study.student.model_copy(update={"model": study.source(study.student.model)})
+
+# %% ../nbs/lib/students.ipynb #889a4539
+def student_identity(
+    cfg: StudentConfig,  # `model` ready to open
+) -> str:  # hub id with revision, or a name with the checksum of its files
+    "Which student this is, wherever it lies"
+    path = gguf_file(cfg.model)
+    if path is not None:
+        return f"{path.name} {sha256_of(path)[:16]}"
+    if not is_path(cfg.model):
+        return f"{cfg.model} {cfg.revision or 'main'}"
+    files = sorted(p for p in Path(student_source(cfg)).iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+    sums = " ".join(f"{p.name}:{sha256_of(p)}" for p in files)
+    return f"folder {hashlib.sha256(sums.encode()).hexdigest()[:16]}"
 
 # %% ../nbs/lib/students.ipynb #1fee0eca
 def load_tokenizer(

@@ -23,7 +23,7 @@ from .plots import teacher_color
 from .progress import Progress
 from .runs import RunFolder, begin_stage, finish_stage, fingerprint, locked, open_chapter, provenance, read_json, read_parquet, record_run, stage_marker, write_json
 from .sizes import Plan, Sizes, add_lora, check_machine, minutes_for, parameter_counts, plan_training, sizes_of
-from .students import completion_ids, device_of, load_adapter, load_student, load_tokenizer, prompt_ids, student_of, student_source
+from .students import completion_ids, device_of, load_adapter, load_student, load_tokenizer, prompt_ids, student_identity, student_of, student_source
 from .trainer import Diverged, LoraTrainer, Watch, heeding_signals, make_trainer, training_arguments
 
 # %% ../nbs/02_train.ipynb #63e12e9c
@@ -129,7 +129,7 @@ def surprise(
 ) -> float:  # nats a completion token, lower is more familiar
     "Mean loss of the untrained student on its teacher's texts"
     total = n_targets = 0.0
-    model.eval()
+    model.train()  # without the adapter there is no dropout; and see below
     with model.disable_adapter():
         for i in range(0, min(n, len(examples)), 8):
             losses = token_losses(model, make_batch(examples[i : min(i + 8, n)]))
@@ -163,7 +163,7 @@ def train_inputs(
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the adapter"
     recipe = study.train.model_dump(exclude={"checkpoint_every", "checkpoints_kept", "merge"})
-    student = study.student.model_dump(exclude={"device"})
+    student = study.student.model_dump(exclude={"device", "revision"}) | {"model": student_identity(student_of(study))}
     return {"data": data_fingerprint(examples), "train": recipe, "student": student, "seed": study.seed}
 
 
