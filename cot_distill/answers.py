@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DONE', 'RETRY', 'STOP', 'REFUSED', 'GEMINI_BLOCKS', 'QUOTA_WORDS', 'KEY_WORDS', 'MODEL_WORDS', 'Answer',
-           'read_openai_body', 'read_gemini_body', 'read_body', 'retry_after_s', 'read_error']
+           'read_openai_body', 'read_gemini_body', 'read_body', 'retry_after_s', 'read_error', 'connection_error',
+           'Question', 'Teacher']
 
 # %% ../nbs/lib/answers.ipynb #980614f4
 import json
@@ -13,7 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
+
+from .config import TeacherConfig
+from .keys import redact
+from .problems import Problem
 
 # %% ../nbs/lib/answers.ipynb #5d945aff
 DONE = {"ok", "truncated", "blocked"}
@@ -180,3 +185,39 @@ def _message(body: str) -> str:
         return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
     except (ValueError, AttributeError, LookupError):
         return body[:300]
+
+# %% ../nbs/lib/answers.ipynb #77b3a15c
+def connection_error(
+    err: BaseException,
+    url: str,  # what was to be reached
+) -> str:  # one line, without keys
+    "What went wrong below HTTP, in one line"
+    cause = err
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__
+    return redact(f"{url} cannot be reached or broke off ({type(cause).__name__}: {str(cause)[:120]}); check base_url, the network and the server")
+
+# %% ../nbs/lib/answers.ipynb #83931dbf
+@dataclass(frozen=True, slots=True)
+class Question:
+    "One request: a problem, a sample of it, and the settings that shape the answer"
+
+    problem: Problem
+    sample_idx: int
+    messages: list[dict[str, str]]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    seed: int = 0  # for local models; hosted ones are not asked for it
+
+
+class Teacher(Protocol):
+    "Whoever can answer a question"
+
+    cfg: TeacherConfig
+
+    async def ask(self, question: Question) -> Answer: ...
+
+    async def check(self) -> str: ...
+
+    async def close(self) -> None: ...

@@ -46,7 +46,7 @@ def attempts(run: RunFolder) -> list[dict]:
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch):
     "Wait milliseconds where production waits seconds"
-    monkeypatch.setattr("cot_distill.generate.backoff_s", lambda n: 0.01)
+    monkeypatch.setattr("cot_distill.asking.backoff_s", lambda n: 0.01)
 
 
 def always(reply: Reply):
@@ -247,7 +247,7 @@ def start(url: str, run: Path, n: int, **teacher) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COT_DISTILL_PROGRESS": "off"})
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -262,13 +262,13 @@ def test_signal_drains(tmp_path, number, code):
         process = start(server.url, run.path, n=40, max_in_flight=4)
         wait_for(lambda: len(server.requests) >= 6)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=120)
         assert process.returncode == code, out
         assert "run the same command to go on" in out
         n_sent = len(server.requests)
         assert n_sent < 20
         assert all(r["status"] == "ok" for r in attempts(run))
-        assert start(server.url, run.path, n=40, max_in_flight=40).wait(60) == 0
+        assert start(server.url, run.path, n=40, max_in_flight=40).wait(200) == 0
         assert len(server.requests) == 40
     assert len(pd.read_parquet(run.rationales("t"))) == 40
 
@@ -299,7 +299,7 @@ def killed_runs(tmp_path: Path, n_problems: int, n_kills: int, delay_s: float) -
             time.sleep(rng.uniform(0, 2 * delay_s))
             process.kill()
             process.wait()
-        assert start(server.url, run.path, n=n_problems, max_in_flight=8).wait(120) == 0
+        assert start(server.url, run.path, n=n_problems, max_in_flight=8).wait(400) == 0
         rows = attempts(run)
         n_lost = sum(r["status"] == "sent" for r in rows)
         table = pd.read_parquet(run.rationales("t"))
