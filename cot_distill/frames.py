@@ -147,7 +147,7 @@ def _info(run: RunFolder) -> pd.DataFrame:
     config = tomllib.loads(run.config_file.read_text(encoding="utf-8")) if run.config_file.exists() else {}
     stages = read_json(run.run_json).get("stages", {}) if run.run_json.exists() else {}
     sources = [entry["provenance"] for entry in stages.values() if entry.get("provenance")]
-    commits = sorted({str(source["commit"])[:10] + ("+" if source.get("dirty") else "") for source in sources if source.get("commit")})
+    commits = sorted({str(source["commit"])[:10] + (" with uncommitted changes" if source.get("dirty") else "") for source in sources if source.get("commit")})
     devices = sorted({", ".join(source["hardware"].get("gpus") or []) or source["hardware"]["cpu"] for source in sources})
-    row = {"study": config.get("name"), "description": config.get("description", ""), "student": config.get("student", {}).get("model"), "commit": " ".join(commits), "hardware": "; ".join(devices)}
+    row = {"study": config.get("name"), "description": config.get("description", ""), "student": config.get("student", {}).get("model"), "commit": "; ".join(commits), "hardware": "; ".join(devices)}
     return pd.DataFrame([row] if config else [], columns=list(row))

@@ -103,7 +103,7 @@ def _exporter() -> Any:
     loader = DictLoader({"cells.html.j2": asset("cells.html.j2")})
     return _Cells(extra_loaders=[loader], template_file="cells.html.j2", mathjax_url="", require_js_url="", embed_images=True)
 
-
+# %% ../nbs/lib/pages.ipynb #17811e52
 def notebook_html(
     notebook: Any,  # a notebook as nbformat reads it
     resolve: Callable[[str], str | None] = lambda href: None,  # where a relative link leads on these pages; None: nowhere

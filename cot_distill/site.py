@@ -29,29 +29,6 @@ from .safety import refuse_to_publish, safe_html, visible
 from .words import markdown_table
 
 # %% ../nbs/lib/site.ipynb #967530e2
-def freeze_run(
-    run: str | Path | RunFolder,  # a run folder
-    target: str | Path,  # folder to replace, such as `reports/demo`
-    max_bytes: int | None = 200_000,  # without the notebooks; None is no limit
-    notebooks: bool = True,  # with the executed notebooks
-) -> Path:  # the target
-    "A small copy of a run, fit for publication; raises `InputError` when it is not"
-    run, target = run if isinstance(run, RunFolder) else RunFolder(run), Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".freeze-") as folder:
-        frozen = RunFolder(Path(folder) / target.name)
-        _freeze_data(run, frozen, target)
-        size = sum(path.stat().st_size for path in frozen.path.rglob("*") if path.is_file())
-        if max_bytes is not None and size > max_bytes:
-            raise InputError(f"{run.path} frozen takes {size:,} bytes, more than {max_bytes:,}; raise max_bytes, or freeze a run made with --limit")
-        if notebooks:
-            shutil.copytree(run.reports_dir, frozen.reports_dir) if run.reports_dir.is_dir() else None
-        refuse_to_publish([frozen.path], frozen.path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(frozen.path, target)
-    return target
-
-
 def _freeze_data(run: RunFolder, frozen: RunFolder, target: Path) -> None:
     "Copy what the analysis reads, tables tightly packed"
     frozen.path.mkdir()
@@ -76,6 +53,29 @@ def _rounded(data: Any) -> Any:
     if isinstance(data, list):
         return [_rounded(value) for value in data]
     return float(f"{data:.8g}") if isinstance(data, float) else data
+
+# %% ../nbs/lib/site.ipynb #23deb440
+def freeze_run(
+    run: str | Path | RunFolder,  # a run folder
+    target: str | Path,  # folder to replace, such as `reports/demo`
+    max_bytes: int | None = 200_000,  # without the notebooks; None is no limit
+    notebooks: bool = True,  # with the executed notebooks
+) -> Path:  # the target
+    "A small copy of a run, fit for publication; raises `InputError` when it is not"
+    run, target = run if isinstance(run, RunFolder) else RunFolder(run), Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".freeze-") as folder:
+        frozen = RunFolder(Path(folder) / target.name)
+        _freeze_data(run, frozen, target)
+        size = sum(path.stat().st_size for path in frozen.path.rglob("*") if path.is_file())
+        if max_bytes is not None and size > max_bytes:
+            raise InputError(f"{run.path} frozen takes {size:,} bytes, more than {max_bytes:,}; raise max_bytes, or freeze a run made with --limit")
+        if notebooks:
+            shutil.copytree(run.reports_dir, frozen.reports_dir) if run.reports_dir.is_dir() else None
+        refuse_to_publish([frozen.path], frozen.path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(frozen.path, target)
+    return target
 
 # %% ../nbs/lib/site.ipynb #e2f841d2
 def quarto_notebook(
@@ -109,18 +109,10 @@ def _opening(source: str) -> tuple[str, str, str]:
     return (match[1].strip(), (match[2] or "").strip(), source[match.end() :].strip()) if match else ("", "", source)
 
 # %% ../nbs/lib/site.ipynb #0c723c99
-def _stage_code(cell: Any) -> None:
-    "Options Quarto understands, and safe outputs, in place"
-    facts = cell_facts(cell.source, cell.metadata.get("tags", []))
-    has_figure = any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {}))
-    options = re.findall(r"^#\|\s*((?:label|fig-cap|fig-alt)\s*:.*)$", cell.source, flags=re.MULTILINE) if has_figure else []
-    if facts.kind == "library":
-        options += ["code-fold: true", f"code-summary: {json.dumps('Library code: ' + facts.summary)}"]
-    failed = any(output.output_type == "error" for output in cell.outputs)
-    cell.source = "" if facts.kind == "hidden" and not failed else "\n".join([*(f"#| {option}" for option in options), facts.source])
-    cell.outputs = [_stage_output(output) for output in cell.outputs if facts.kind != "hidden" or failed]
-    cell.outputs = [output for output in cell.outputs if output]
-    cell.metadata, cell.execution_count = {}, None
+def _svg(text: Any) -> str:
+    "A drawing without scripts and without references to elsewhere"
+    text = re.sub(r"<script\b.*?</script\s*>|<foreignObject\b.*?</foreignObject\s*>|\son\w+=\"[^\"]*\"", "", "".join(text), flags=re.DOTALL | re.IGNORECASE)
+    return re.sub(r"(<(?:image|use|a)\b[^>]*\s(?:xlink:)?href=)\"(?!#|data:)[^\"]*\"", r'\1"#"', text)
 
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
@@ -147,11 +139,19 @@ def _stage_output(output: Any) -> Any:
         output.execution_count = None
     return output
 
-
-def _svg(text: Any) -> str:
-    "A drawing without scripts and without references to elsewhere"
-    text = re.sub(r"<script\b.*?</script\s*>|<foreignObject\b.*?</foreignObject\s*>|\son\w+=\"[^\"]*\"", "", "".join(text), flags=re.DOTALL | re.IGNORECASE)
-    return re.sub(r"(<(?:image|use|a)\b[^>]*\s(?:xlink:)?href=)\"(?!#|data:)[^\"]*\"", r'\1"#"', text)
+# %% ../nbs/lib/site.ipynb #8f5e6e8a
+def _stage_code(cell: Any) -> None:
+    "Options Quarto understands, and safe outputs, in place"
+    facts = cell_facts(cell.source, cell.metadata.get("tags", []))
+    has_figure = any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {}))
+    options = re.findall(r"^#\|\s*((?:label|fig-cap|fig-alt)\s*:.*)$", cell.source, flags=re.MULTILINE) if has_figure else []
+    if facts.kind == "library":
+        options += ["code-fold: true", f"code-summary: {json.dumps('Library code: ' + facts.summary)}"]
+    failed = any(output.output_type == "error" for output in cell.outputs)
+    cell.source = "" if facts.kind == "hidden" and not failed else "\n".join([*(f"#| {option}" for option in options), facts.source])
+    cell.outputs = [_stage_output(output) for output in cell.outputs if facts.kind != "hidden" or failed]
+    cell.outputs = [output for output in cell.outputs if output]
+    cell.metadata, cell.execution_count = {}, None
 
 # %% ../nbs/lib/site.ipynb #7443f124
 def stage_site(
