@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'FORM', 'OUTCOME_COLORS', 'headline', 'results_table', 'plot_accuracy', 'plot_forest', 'gain_sentences',
-           'first_set', 'pairwise', 'plot_pairwise', 'ranking_sentences', 'with_features', 'teacher_table',
-           'plot_lengths', 'teacher_sentences', 'gains_beside_texts', 'plot_gain_against', 'style_table',
-           'collapse_sentences', 'plot_outcomes', 'mistake_sentences', 'cost_table', 'plot_pareto', 'cost_sentences',
-           'sizes', 'plot_learning_curve', 'size_sentences', 'other_sets', 'plot_other_sets', 'brittle_sentences']
+           'rule_table', 'first_set', 'pairwise', 'plot_pairwise', 'ranking_sentences', 'with_features',
+           'teacher_table', 'plot_lengths', 'teacher_sentences', 'gains_beside_texts', 'plot_gain_against',
+           'style_table', 'collapse_sentences', 'plot_outcomes', 'mistake_sentences', 'cost_table', 'plot_pareto',
+           'cost_sentences', 'sizes', 'plot_learning_curve', 'size_sentences', 'other_sets', 'plot_other_sets',
+           'brittle_sentences']
 
 # %% ../nbs/04_analysis.ipynb #902e38c8
 import math
@@ -137,6 +138,14 @@ def gain_sentences(
             names = ", ".join(f"**{row.variant}** ({100 * row.delta:+.1f} points, p {p_text(row.p_holm)})" for row in which.itertuples())
             parts.append(f"After training, {verb} the base at the 5 % level: {names}.")
     return parts
+
+# %% ../nbs/04_analysis.ipynb #4c0e82ed
+def rule_table(
+    results: pd.DataFrame,  # rows of one problem set
+) -> pd.DataFrame:  # a row a grading rule, a column a student; text
+    "Accuracy under every grading rule"
+    by_rule = {row.variant: row.accuracy_by_rule for row in results.itertuples() if isinstance(row.accuracy_by_rule, dict)}
+    return pd.DataFrame(by_rule).map(percent).rename_axis("rule")
 
 # %% ../nbs/04_analysis.ipynb #17c1122c
 def first_set(

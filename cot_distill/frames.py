@@ -22,7 +22,7 @@ from .stats import holm, two_proportion_p, wilson
 # %% ../nbs/lib/frames.ipynb #a909d617
 RESULT_COLUMNS = (
     "run study problem_set is_headline variant n n_correct accuracy low high n_truncated n_no_answer "
-    "delta delta_low delta_high p p_holm is_paired final_train_loss train_wall_s eval_wall_s teacher_cost_usd"
+    "delta delta_low delta_high p p_holm is_paired final_train_loss train_wall_s eval_wall_s teacher_cost_usd accuracy_by_rule"
 ).split()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cot_distill.grading import final_answer, is_correct
+from cot_distill.grading import final_answer, grade_by, is_correct
 from cot_distill.problems import Problem, load_problems
 from cot_distill.stats import holm, paired_difference, wilson
 
@@ -151,6 +151,7 @@ def training_log(n_examples: int, mean_nll: float) -> dict:
 def result_row(variant: str, frame: pd.DataFrame, base: pd.DataFrame, cost: float | None) -> dict:
     "One variant of results.json"
     right = frame["is_correct"]
+    rules = {rule: pd.Series([grade_by(rule, row.completion, row.reference_answer) for row in frame.itertuples()]) for rule in ("last_number", "lm_eval_strict")}
     row = {
         "variant": variant,
         "teacher": None if variant == "base" else variant,
@@ -165,6 +166,7 @@ def result_row(variant: str, frame: pd.DataFrame, base: pd.DataFrame, cost: floa
         "eval_wall_s": 33.0,
         "teacher_cost_usd": cost,
         "vs_base": None,
+        "accuracy_by_rule": {rule: float(grades.mean()) for rule, grades in rules.items()},
     }
     if variant != "base":
         gain = paired_difference(right, base["is_correct"])

@@ -125,6 +125,7 @@ def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
         assert sentences, number
         assert not re.search(r"\bnan\b|None", " ".join(sentences)), (number, sentences)
     assert list(beside["surprise"]) == [1.9, 1.2]
+    assert analysis.rule_table(main).shape == (2, 3)
     assert set(analysis.style_table(answers, texts).index) == {"untrained student", "human, teacher", "human, student", "recorded, teacher", "recorded, student"}
 
 
@@ -211,6 +212,7 @@ def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> No
         assert analysis.teacher_sentences(texts) == [] and analysis.teacher_table(texts, runs.training).empty
         assert analysis.collapse_sentences(shares) == [] and analysis.mistake_sentences(shares) == []
         assert analysis.gains_beside_texts(main, texts, runs.training).empty
+        assert analysis.rule_table(main).empty
         assert analysis.sizes(runs).empty and analysis.other_sets(runs.results).empty
         assert solved_table(answers).empty and analysis.style_table(answers, texts).empty
         assert "Not run" in drawn(analysis.plot_outcomes, shares, "no answers").data
