@@ -114,7 +114,7 @@ def plot_forest(
     for y, row in enumerate(rows.itertuples()):
         ax.plot([100 * row.delta_low, 100 * row.delta_high], [y, y], color=_color(row.variant), linewidth=2.5)
         ax.plot(100 * row.delta, y, "s", color=_color(row.variant), markersize=8)
-        label = f"{100 * row.delta:+.1f}   p = {p_text(row.p_holm)}".replace("= <", "<")
+        label = f"{100 * row.delta:+.1f}, p = {p_text(row.p_holm)}".replace("= <", "<")
         ax.annotate(label, (100 * row.delta, y), (0, 9), textcoords="offset points", ha="center", fontsize=9)
     ax.axvline(0, color="0.5", linewidth=1, zorder=0)
     kind = "paired" if rows["is_paired"].all() else "unpaired"
@@ -254,7 +254,7 @@ def plot_lengths(
     for teacher, group in texts.groupby("variant", sort=False):
         ax.ecdf(group["n_words"], color=_color(teacher), linewidth=2, label=f"{teacher} (n = {len(group):,}, median {group['n_words'].median():.0f})")
     ax.set(xlabel="words a text", ylabel="share of texts up to this length", xlim=(0, 1.15 * texts.groupby("variant")["n_words"].quantile(0.99).max()))
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 1.0))
     return _tidy(ax)
 
 # %% ../nbs/04_analysis.ipynb #745228cb

@@ -55,7 +55,10 @@ def prepared(
 
     shown = copy.deepcopy(notebook)
     cells = []
+    injected = any("injected-parameters" in cell.metadata.get("tags", []) for cell in shown.cells)
     for cell in shown.cells:
+        if "papermill-error-cell-tag" in cell.metadata.get("tags", []) or (injected and "parameters" in cell.metadata.get("tags", [])):
+            continue  # the page has a note of its own; defaults that were not used
         if cell.cell_type == "code":
             facts = cell_facts(cell.source, cell.metadata.get("tags", []))
             failed = any(output.output_type == "error" for output in cell.outputs)
@@ -111,7 +114,9 @@ def notebook_html(
     "A notebook's cells as safe HTML"
     exporter = _exporter()
     exporter.register_filter("safe_html", lambda html: _readable(safe_html(html), resolve))
-    return visible(exporter.from_notebook_node(prepared(notebook))[0])
+    html = exporter.from_notebook_node(prepared(notebook))[0]
+    note = '<p class="stopped">This stage did not finish: <a href="#stopped">where it stopped</a>.</p>' if 'id="stopped"' in html else ""
+    return visible(note + html)
 
 
 def _readable(html: str, resolve: Callable[[str], str | None]) -> str:

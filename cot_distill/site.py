@@ -23,7 +23,7 @@ from .config import load_study, to_toml
 from .errors import InputError
 from .frames import load_runs
 from .pages import cell_facts
-from .reports import STAGE_TITLES, figure_svg, found_reports, render_reports
+from .reports import STAGE_TITLES, figure_svg, found_reports, is_stopped, render_reports
 from .runs import RunFolder, project_root, read_json, read_parquet, write_json
 from .safety import refuse_to_publish, safe_html, visible
 from .words import markdown_table
@@ -63,6 +63,9 @@ def freeze_run(
 ) -> Path:  # the target
     "A small copy of a run, fit for publication; raises `InputError` when it is not"
     run, target = run if isinstance(run, RunFolder) else RunFolder(run), Path(target)
+    stopped = [path.name for path in found_reports(run).values() if is_stopped(path)]
+    if stopped and notebooks:
+        raise InputError(f"{run.path} is not fit to be published: {', '.join(stopped)} ended in an error; run the study again, it goes on where it was")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".freeze-") as folder:
         frozen = RunFolder(Path(folder) / target.name)

@@ -148,6 +148,17 @@ def test_a_stopped_stage_is_shown_as_one(tmp_path: Path) -> None:
     soup = BeautifulSoup(html, "html.parser")
     assert "This stage stopped here" in soup.find(role="alert").get_text() and "no key" in soup.get_text()
     assert soup.find("details").find("pre")  # the traceback is there, folded
+    assert soup.find("a", href="#stopped")
+    banner = new_markdown_cell('<span id="papermill-error-cell">An Exception was encountered</span>', metadata={"tags": ["papermill-error-cell-tag"]})
+    stopped = new_notebook(cells=[banner, new_markdown_cell("# Eval"), new_code_cell("run()", outputs=[error])], metadata={"papermill": {"exception": True}})
+    run = make_run(tmp_path / "run", 8, 8)
+    (run / "reports").mkdir()
+    nbformat.write(stopped, run / "reports" / "03_eval-human.ipynb")
+    index = BeautifulSoup(render_reports(RunFolder(run)).read_text(), "html.parser")
+    assert "(stopped)" in index.find("a", href="03_eval-human.html").parent.get_text()
+    assert "An Exception was encountered" not in (run / "html" / "03_eval-human.html").read_text()
+    with pytest.raises(InputError, match=r"03_eval-human\.ipynb ended in an error"):
+        freeze_run(run, tmp_path / "frozen")
 
 
 def test_a_run_in_which_nothing_happened_has_an_index(tmp_path: Path) -> None:
