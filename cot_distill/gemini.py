@@ -24,6 +24,7 @@ def connect_generativeai(cfg: TeacherConfig, key: str, url: str, deadline_s: flo
         import google.generativeai as genai
     import google.api_core.exceptions as google_errors
     import requests
+    from google.protobuf.json_format import ParseError
 
     genai.configure(api_key=key, transport="rest", client_options={"api_endpoint": url})
     options = {"timeout": deadline_s, "retry": None}
@@ -35,7 +36,7 @@ def connect_generativeai(cfg: TeacherConfig, key: str, url: str, deadline_s: flo
             return _google_error(err)
         except (requests.RequestException, google_errors.GoogleAPIError) as err:
             return Answer("unreachable", error=connection_error(err, url))
-        except (ValueError, TypeError, KeyError) as err:
+        except (ParseError, ValueError, TypeError, KeyError) as err:
             return Answer("malformed", error=redact(f"{type(err).__name__}: {str(err)[:200]}"))
 
     def ask(question: Question) -> Answer:

@@ -10,6 +10,7 @@ __all__ = ['DROP_FOR_STATUS', 'COLUMNS', 'study_questions', 'grade', 'rationale_
 # %% ../nbs/01_generate.ipynb #69d5a07b
 import asyncio
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -215,6 +216,7 @@ def run_generate(
     if begin_stage(folder, "generate", inputs) == "done" and (summary := _finished(folder, run.rationales(teacher_id))):
         print(f"{summary} (already done)", file=sys.stderr)
         return summary
+    _check_room(folder, len(problems) * study.generate.n_samples)
     with BatchLedger(run.ledger(teacher_id), inputs["teacher"] | inputs["generate"]) as ledger:
         _ask_missing(study, teacher_id, run, problems, ledger)
         final = {a.request_key: a for a in read_attempts(ledger, only_final=True)}
@@ -238,6 +240,13 @@ def _finished(folder: Path, rationales: Path) -> GenerateSummary | None:
     except InputError:
         return None
     return GenerateSummary(**read_json(stage_marker(folder, "generate"))["facts"])
+
+
+def _check_room(folder: Path, n: int) -> None:
+    "Refuse to begin what would fill the disk half-way"
+    free, needed = shutil.disk_usage(folder).free, 20_000_000 + 8_000 * n
+    if free < needed:
+        raise InputError(f"{folder} has {free / 1e6:.0f} MB left on its disk; {n} answers need about {needed / 1e6:.0f} MB: make room, or use another --run-dir")
 
 
 def _check_answers(study: StudyConfig, teacher_id: str, table: "pd.DataFrame") -> None:
@@ -392,7 +401,7 @@ def export_recording(
     "Write a teacher's final answers in the form that a `recorded` teacher replays"
     problems = {p.problem_id: p for p in study_problems(study)}
     with BatchLedger(run.ledger(teacher_id)) as ledger:
-        final = sorted(read_attempts(ledger, only_final=True), key=lambda a: (a.problem_id, a.sample_idx))
+        final = sorted((a for a in read_attempts(ledger, only_final=True) if a.problem_id in problems), key=lambda a: (a.problem_id, a.sample_idx))
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as file:
         for attempt in final:
             answer = read_body(attempt.raw_body or "")

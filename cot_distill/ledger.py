@@ -103,11 +103,20 @@ class LedgerFile:
             os.close(self._lock)
             raise
 
+    def commit(self) -> None:
+        "Bring everything written so far to the disk; raises `InputError` when the disk is full"
+        try:
+            self._connection.commit()
+        except sqlite3.OperationalError as err:
+            raise _disk_trouble(self.path, err) from None
+
     def close(self) -> None:
         "Commit, close and unlock"
-        self._connection.commit()
-        self._connection.close()
-        os.close(self._lock)
+        try:
+            self.commit()
+        finally:
+            self._connection.close()
+            os.close(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +134,11 @@ def _lock_file(path: Path) -> int:
         os.close(handle)
         raise InputError(f"another run is writing {path}; wait for it to end, or stop it") from None
     return handle
+
+
+def _disk_trouble(path: Path, err: sqlite3.OperationalError) -> InputError:
+    "What to do when SQLite cannot write"
+    return InputError(f"{path} cannot be written ({err}); make room on the disk and run the same command again, what was committed is safe")
 
 
 def _check_config(connection: sqlite3.Connection, path: Path, config: Mapping[str, Any] | None) -> None:
@@ -157,7 +171,7 @@ class Ledger(LedgerFile):
         "Enter an attempt before it is sent"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         sql = "INSERT INTO attempts (request_key, problem_id, sample_idx, status, cost_usd, started_at) VALUES (?, ?, ?, 'sent', ?, ?)"
-        return self._connection.execute(sql, (key, problem_id, sample_idx, reserve_usd, now)).lastrowid
+        return self._write(sql, (key, problem_id, sample_idx, reserve_usd, now)).lastrowid
 
     def finish(
         self,
@@ -166,14 +180,14 @@ class Ledger(LedgerFile):
     ) -> None:
         "Complete an attempt with what came of it"
         columns = ", ".join(f"{name} = ?" for name in facts)
-        self._connection.execute(f"UPDATE attempts SET {columns} WHERE attempt_id = ?", (*facts.values(), attempt_id))
+        self._write(f"UPDATE attempts SET {columns} WHERE attempt_id = ?", (*facts.values(), attempt_id))
 
-    def commit(self) -> None:
-        "Bring everything written so far to the disk; raises `InputError` when the disk is full"
+    def _write(self, sql: str, values: tuple) -> sqlite3.Cursor:
+        "Execute a change; raises `InputError` when the disk is full"
         try:
-            self._connection.commit()
+            return self._connection.execute(sql, values)
         except sqlite3.OperationalError as err:
-            raise InputError(f"{self.path} cannot be written ({err}); make room on the disk and run the same command again, what was committed is safe") from None
+            raise _disk_trouble(self.path, err) from None
 
     async def committed(self) -> None:
         "Wait until everything written so far has reached the disk"
@@ -225,7 +239,7 @@ class BatchLedger(Ledger):
         value: Any,  # JSON
     ) -> None:
         "Keep a note, in the place of an earlier one of that name"
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
 
     def notes(
         self,
@@ -268,7 +282,12 @@ def salvage(
     path = Path(path)
     rescued = path.with_name(f"{path.stem}-salvaged{path.suffix}")
     rescued.unlink(missing_ok=True)
-    old, new, n_saved = sqlite3.connect(f"file:{path}?mode=ro", uri=True), _connect(rescued), 0
+    old, n_saved = sqlite3.connect(f"file:{path}?mode=ro", uri=True), 0
+    try:
+        old.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as err:
+        raise InputError(f"nothing of {path} can be read ({err}); SQLite's own tool may find more: sqlite3 {path} .recover") from None
+    new = _connect(rescued)
     for table, columns, id_name in (("meta", "name, value", "rowid"), ("attempts", ", ".join(_COLUMNS), "attempt_id")):
         for i in range(1, _last_id(old, table) + 1):
             try:
@@ -287,7 +306,8 @@ def _last_id(connection: sqlite3.Connection, table: str) -> int:
     try:
         return int(connection.execute(f"SELECT MAX(rowid) FROM {table}").fetchone()[0] or 0)
     except sqlite3.DatabaseError:
-        return 1_000_000
+        (n_pages,) = connection.execute("PRAGMA page_count").fetchone()
+        return 100 * n_pages
 
 # %% ../nbs/lib/ledger.ipynb #94d7a27e
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from .answers import RETRY, Answer
 from .config import GenerateConfig, TeacherConfig
 from .errors import InputError, ResumeLater
+from .keys import redact
 
 # %% ../nbs/lib/limits.ipynb #326907f5
 class RateBudget:
@@ -153,15 +154,15 @@ class Breaker:
         "Replace the reservation by the cost; raises when this teacher must stop"
         self.usd += cost_usd - reserve_usd
         if answer.status in ("bad_key", "no_model", "thinking_only"):
-            raise InputError(f"{_WHY[answer.status]}: {answer.error}")
+            raise InputError(f"{_WHY[answer.status]}: {redact(answer.error)}")
         wait = answer.retry_after_s or 0.0
         if answer.status == "quota" or wait > LONGEST_WAIT_S:
             when = f"after {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(time.time() + wait))}" if wait else "when the quota resets or the account is topped up"
-            raise ResumeLater(f"quota used up ({answer.error}); run the same command again {when}, finished answers are kept")
+            raise ResumeLater(f"quota used up ({redact(answer.error)}); run the same command again {when}, finished answers are kept")
         failed = answer.status in RETRY or answer.status == "bad_request"
         self.n_failures = self.n_failures + 1 if failed else 0
         if self.n_failures >= self.max_failures:
-            raise ResumeLater(f"{self.n_failures} failures in a row, the last one: {answer.error}; run again when the provider works, finished answers are kept")
+            raise ResumeLater(f"{self.n_failures} failures in a row, the last one: {redact(answer.error)}; run again when the provider works, finished answers are kept")
 
 
 _WHY = {
