@@ -62,7 +62,7 @@ def checkpoints_in(
     found = [p for p in Path(folder).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
-
+# %% ../nbs/lib/checkpoints.ipynb #181b3852
 def last_good(
     folder: str | Path,  # holds `checkpoint-<step>` folders
 ) -> tuple[Path | None, list[str]]:  # newest whole checkpoint, and a sentence for each skipped one

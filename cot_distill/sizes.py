@@ -177,7 +177,7 @@ def probe_flops(
         best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
 
-
+# %% ../nbs/lib/sizes.ipynb #874f9c87
 def minutes_for(
     plan: Plan,
     device: str,

@@ -61,7 +61,7 @@ def cache_dir() -> Path:  # made by whoever writes into it
         return Path(os.environ["COT_DISTILL_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "cot-distill"
 
-
+# %% ../nbs/lib/students.ipynb #39475281
 def sha256_of(
     path: Path,  # any file
 ) -> str:  # 64 hex characters

@@ -166,8 +166,10 @@ def train_inputs(
     student = study.student.model_dump(exclude={"device", "revision"}) | {"model": student_identity(student_of(study))}
     return {"data": data_fingerprint(examples), "train": recipe, "student": student, "seed": study.seed}
 
-
-def data_fingerprint(examples: Sequence[Example]) -> str:  # 16 hex digits
+# %% ../nbs/02_train.ipynb #ef5fa869
+def data_fingerprint(
+    examples: Sequence[Example],
+) -> str:  # 16 hex digits
     "Hash of what the student reads and writes"
     return fingerprint([[e.example_id, e.prompt, e.completion] for e in examples])
 

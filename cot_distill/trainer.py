@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Diverged(CotDistillError):
     "The loss or a gradient is no longer a number"
 
-
+# %% ../nbs/lib/trainer.ipynb #beef0b28
 def check_finite(
     losses: torch.Tensor,  # (N,) of one pass
     batch: Batch,
@@ -175,9 +175,11 @@ class Watch(TrainerCallback):
         if self.signal_number:
             control.should_save = control.should_training_stop = True
 
-
+# %% ../nbs/lib/trainer.ipynb #7e169390
 @contextmanager
-def heeding_signals(watch: Watch) -> Iterator[None]:
+def heeding_signals(
+    watch: Watch,
+) -> Iterator[None]:
     "Let the first SIGINT or SIGTERM tell `watch`; the second acts as it always does"
 
     def on_signal(number: int, frame: Any) -> None:
