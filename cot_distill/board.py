@@ -64,6 +64,8 @@ def error_sentence(
 ) -> str:  # one line
     "Why a job failed, and where to read more"
     text = " ".join(str(outcome.get("evalue") or "no message").split())
+    if outcome["ename"] == "KeyboardInterrupt":
+        return f"{job.name} was interrupted; run the same command to go on (report: {report})"
     ours = outcome["ename"] in ("InputError", "ResumeLater", "Interrupted", "ProcessDied")
     why = text if ours else f"{outcome['ename']}: {text}"
     where = f"report: {report}" if report and report.exists() else f"log: {log}"

@@ -60,6 +60,9 @@ def run(
     run_dir: RunDir = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Side by side at most.", show_default="as many as make sense")] = None,
     overrides: Overrides = None,
+    executor: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.", metavar="local|ray")] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.", show_default="RAY_ADDRESS, else one on this machine")] = None,
+    store: Annotated[str | None, typer.Option(help="Mirror of the run folder for clusters without a shared file system, such as s3://bucket/runs/demo.", show_default=False, metavar="URL")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its cost and time, run nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +73,11 @@ def run(
     Example: cot-distill run configs/demo.toml
 
     Example: [bold]cot-distill run configs/gsm8k.toml --teachers deepseek,human --dry-run[/]
+
+    Example: [bold]cot-distill run configs/gsm8k.toml --executor ray --store s3://bucket/runs/gsm8k[/]
     """
+    if executor not in ("local", "ray"):
+        raise InputError(f"--executor is local or ray: got {executor!r}")
     from rich.console import Console
 
     from cot_distill.pipeline import batch_summary, prepare_batch, run_prepared
@@ -80,7 +87,8 @@ def run(
     if dry_run:
         _show_plan(batch, as_json)
         return
-    code = run_prepared(batch, console, jobs)
+    cluster = {"address": address, "store": store} if executor == "ray" else None
+    code = run_prepared(batch, console, jobs, cluster)
     if as_json:
         _print_json(batch_summary(batch, code))
     elif batch.run.results_json.exists():

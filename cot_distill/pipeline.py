@@ -258,16 +258,22 @@ def run_prepared(
     batch: Batch,
     console: Console,
     jobs: int | None = None,  # side by side at most
+    cluster: Mapping[str, str | None] | None = None,  # None: this machine; else `address` and `store` for Ray
 ) -> int:  # exit code
     "Run a batch that has been checked; raises `InputError` when another launcher is at work in its folder"
     with locked(batch.run.path / ".batch.lock"):
-        executor = LocalExecutor(batch.study, batch.run, batch.nbs, jobs)
+        if cluster is None:
+            executor: Executor = LocalExecutor(batch.study, batch.run, batch.nbs, jobs)
+        else:
+            from cot_distill.cluster import RayExecutor
+
+            executor = RayExecutor(batch, **cluster)
         try:
             return run_batch(batch, executor, console)
         finally:
             executor.close()
 
-
+# %% ../nbs/lib/pipeline.ipynb #9e1ae8f2
 def batch_summary(
     batch: Batch,
     code: int,  # exit code

@@ -1,0 +1,158 @@
+"Beyond one machine: the run folder travels, a two-node Ray cluster does the jobs, a shot worker costs only time"
+
+import json
+import os
+import signal
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+from stand_ins import make_project, names, orders, seen
+from test_pipeline import NO_PAGES, results, run
+
+from cot_distill.cluster import changed_files, discard, pull, push
+from cot_distill.errors import InputError
+from cot_distill.pipeline import prepare_batch, run_prepared
+
+
+def test_a_folder_travels_and_only_changes_are_sent(tmp_path: Path) -> None:
+    here, there, store, known = tmp_path / "here", tmp_path / "there", f"file://{tmp_path}/store", {}
+    (here / "evals/base").mkdir(parents=True)
+    (here / "evals/base/a.json").write_text("one")
+    (here / "x.lock").write_text("")
+    push(here, store, changed_files(here, known))
+    assert pull(store, there) == ["evals/base/a.json"] and pull(store, there) == []
+    (here / "evals/base/a.json").write_text("two")  # of the same size
+    push(here, store, changed_files(here, known))
+    assert pull(store, there) == ["evals/base/a.json"] and (there / "evals/base/a.json").read_text() == "two"
+    discard(store, ["evals/base"])
+    assert pull(store, tmp_path / "third") == []
+
+
+def test_a_ledger_in_use_travels_whole(tmp_path: Path) -> None:
+    live = sqlite3.connect(tmp_path / "ledger.sqlite")
+    live.execute("pragma journal_mode=wal")
+    live.execute("create table attempts (n)")
+    live.executemany("insert into attempts values (?)", [(n,) for n in range(500)])
+    live.commit()  # still in the log beside the file
+    push(tmp_path, f"file://{tmp_path}/store", ["ledger.sqlite"])
+    pull(f"file://{tmp_path}/store", tmp_path / "there")
+    assert sqlite3.connect(tmp_path / "there/ledger.sqlite").execute("select count(*) from attempts").fetchone() == (500,)
+
+
+def test_an_object_store_will_do(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    push(tmp_path, "memory://bucket/run", ["results.json"])
+    assert pull("memory://bucket/run", tmp_path / "there") == ["results.json"]
+
+
+def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    study = make_project(tmp_path, "human")
+    batch = prepare_batch(study, run_dir=tmp_path / "runs/small", nbs=tmp_path / "nbs")
+    with pytest.raises(InputError, match=r"pip install 'cot-distill\[ray\]'"):
+        run_prepared(batch, Console(file=open(os.devnull, "w")), cluster={"address": None, "store": None})
+
+
+# --- a real cluster, slow ---
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch):
+    "Two nodes on this machine"
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    from ray.cluster_utils import Cluster
+
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    two.add_node(num_cpus=1)
+    yield two
+    ray.shutdown()
+    two.shutdown()
+
+
+def on_ray(study: Path, address: str, store: str | None = None) -> tuple[int, str]:
+    out = study.parent / "out.txt"
+    batch = prepare_batch(study, stages=NO_PAGES, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    with out.open("w") as file:
+        code = run_prepared(batch, Console(file=file, width=200, force_terminal=False), cluster={"address": address, "store": store})
+    return code, out.read_text()
+
+
+def kernels_of(study: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == study.parent / "nbs":
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
+    alone, many = make_project(tmp_path / "alone", "a", "b"), make_project(tmp_path / "many", "a", "b")
+    assert run(alone)[0] == 0
+    orders(many.parent, train_a={"seconds": 4}, train_b={"seconds": 4})
+    code, text = on_ray(many, cluster.address)
+    assert code == 0, text
+    assert results(many) == results(alone)
+    began = {f"{one['stage']} {one['variant']}": one["at"] for one in seen(many.parent)}
+    assert abs(began["train a"] - began["train b"]) < 4, "two nodes train side by side"
+
+
+@pytest.mark.slow
+def test_a_shot_worker_costs_a_retry(tmp_path: Path, cluster) -> None:
+    alone, many = make_project(tmp_path / "alone", "a"), make_project(tmp_path / "many", "a")
+    assert run(alone)[0] == 0
+    orders(many.parent, train_a={"seconds": 6})
+    shot: list[int] = []
+
+    def shoot() -> None:
+        while "train a" not in names(many.parent):
+            time.sleep(0.1)
+        time.sleep(2)
+        for process in kernels_of(many):  # the kernel's grandparent is Ray's worker
+            for parent in process.parents():
+                if parent.name().startswith("ray::"):
+                    shot.append(parent.pid)
+                    os.kill(parent.pid, signal.SIGKILL)
+                    return
+
+    thread = threading.Thread(target=shoot, daemon=True)
+    thread.start()
+    code, text = on_ray(many, cluster.address)
+    assert code == 0, text
+    assert shot and names(many.parent).count("train a") == 2
+    assert results(many) == results(alone)
+    time.sleep(0.5)
+    assert kernels_of(many) == []
+
+
+@pytest.mark.slow
+def test_a_store_in_place_of_a_shared_disk(tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Notebooks and run folder travel; workers see neither the launcher's checkout nor its runs"
+    from cot_distill.cluster import Mirror
+
+    def collect(self) -> None:  # as the stand-ins do it
+        rows = []
+        for path in sorted(self.run.path.glob("evals/*/test.parquet")):
+            value = int(path.read_text())
+            rows.append({"variant": path.parent.name, "teacher": None, "n": 100, "n_correct": value, "accuracy": value / 100, "ci95": [0.0, 1.0], "vs_base": None, "teacher_cost_usd": None})
+        self.run.results_json.write_text(json.dumps({"study": "small", "problem_set": "test", "n": 100, "variants": rows}))
+
+    monkeypatch.setattr(Mirror, "write_results", collect)
+    alone, many = make_project(tmp_path / "alone", "a"), make_project(tmp_path / "many", "a")
+    assert run(alone)[0] == 0
+    code, text = on_ray(many, cluster.address, f"file://{tmp_path}/store")
+    assert code == 0, text
+    assert seen(many.parent) == [], "nothing ran in the launcher's own project"
+    assert results(many) == results(alone)
+    assert (many.parent / "runs/small/reports/02_train-a.ipynb").exists()
+    (many.parent / "runs/small/evals/a/test.parquet").unlink()
+    assert on_ray(many, cluster.address, f"file://{tmp_path}/store")[0] == 0
+    assert results(many) == results(alone)
