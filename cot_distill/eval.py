@@ -360,7 +360,7 @@ def _write_tables(
     write_parquet(run.eval_file(variant, eval_set.name), rows)
     return facts
 
-
+# %% ../nbs/03_eval.ipynb #f72543df
 def _finished(run: RunFolder, variant: str, eval_set: EvalSetConfig) -> dict[str, Any] | None:
     "Counts of a finished evaluation; None, and the marker set back, when its table is gone or broken"
     marker = stage_marker(run.eval_dir(variant), eval_set.name)
@@ -372,7 +372,7 @@ def _finished(run: RunFolder, variant: str, eval_set: EvalSetConfig) -> dict[str
         return None
     return read_json(marker)["facts"]
 
-
+# %% ../nbs/03_eval.ipynb #c27c9153
 def sample_metrics(
     table: pd.DataFrame,  # several samples a problem
 ) -> dict[str, Any]:  # pass@k for k = 1, 2, 4, …, maj@k over all, spread over the samples
@@ -425,7 +425,7 @@ def _sha256(text: str) -> str:
     "Hash of a text, as lm-eval writes it"
     return hashlib.sha256(text.encode()).hexdigest()
 
-
+# %% ../nbs/03_eval.ipynb #cc71c76e
 def write_samples(
     study: StudyConfig, eval_set: EvalSetConfig, variant: str, run: RunFolder, table: pd.DataFrame
 ) -> Path:
@@ -567,10 +567,11 @@ def plot_lengths(
     ax = ax or plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     right, cut = table["is_correct"], table["truncated"] & ~table["is_correct"]
     groups = {"right": right, "wrong": ~right & ~cut, "wrong, cut off": cut}
+    color = teacher_color(variant)
     styles = [
-        {"color": teacher_color(variant)},
-        {"color": teacher_color(variant), "alpha": 0.35},
-        {"color": "white", "edgecolor": teacher_color(variant), "hatch": "///"},
+        {"color": color},
+        {"color": color, "alpha": 0.35},
+        {"color": "white", "edgecolor": color, "hatch": "///"},
     ]
     edges = list(range(0, int(table["n_tokens"].max()) + 16, 8))
     left = [0] * (len(edges) - 1)
@@ -590,13 +591,8 @@ def plot_lengths(
             **style,
         )
         left = [a + b for a, b in zip(left, bars, strict=True)]
-    ax.set(
-        xlabel="tokens in the answer",
-        ylabel="problems",
-        title=f"student of {variant}, n = {len(table)}"
-        if variant != "base"
-        else f"untrained student, n = {len(table)}",
-    )
+    who = "untrained student" if variant == "base" else f"student of {variant}"
+    ax.set(xlabel="tokens in the answer", ylabel="problems", title=f"{who}, n = {len(table)}")
     ax.legend(frameon=False)
     return ax
 
