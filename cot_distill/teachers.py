@@ -349,8 +349,9 @@ def open_teacher(
         raise InputError(f"teacher {teacher_id!r} needs a model")
     if cfg.provider == "human":
         return HumanTeacher(cfg)
-    if cfg.provider == "recorded":
-        return RecordedTeacher(cfg, recording_path(study, cfg))
+    if cfg.provider == "recorded":  # nobody is asked, so nothing is paid and nothing is waited for
+        free = {"rpm": None, "tpm": None, "rpd": None, "usd_per_million_input": 0.0, "usd_per_million_output": 0.0}
+        return RecordedTeacher(cfg.model_copy(update=free), recording_path(study, cfg))
     if cfg.provider == "openai":
         return OpenAITeacher(cfg, study.generate.deadline_s)
     if cfg.provider == "gemini":

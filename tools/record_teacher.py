@@ -6,7 +6,7 @@
 
 It joins the model's parts, serves it with llama.cpp's OpenAI-compatible server, runs the `generate`
 stage of configs/record.toml against it, and exports the final answers. Stopped at any time, the same
-command goes on: the ledger in runs/record-two-step keeps every finished answer.
+command goes on: the ledger in runs/record keeps every finished answer.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--config", default=ROOT / "configs" / "record.toml", type=Path)
     parser.add_argument("--out", default=ROOT / "cot_distill" / "recorded" / "two-step-qwen2.5-coder-1.5b.jsonl", type=Path)
     parser.add_argument("--gguf", type=Path, help="model file; default: joined from the installed parts")
-    parser.add_argument("--run-dir", default=ROOT / "runs" / "record-two-step", type=Path)
+    parser.add_argument("--run-dir", default=ROOT / "runs" / "record", type=Path)
     parser.add_argument("--threads", default=2, type=int)
     parser.add_argument("--limit", type=int, help="only the first so many problems")
     args = parser.parse_args()
