@@ -23,7 +23,7 @@ from .config import GenerateConfig, TeacherConfig
 from .errors import CotDistillError, InputError, Interrupted, ResumeLater
 from .keys import redact
 from .ledger import BatchLedger
-from .limits import Breaker, Pacer, backoff_s
+from .limits import Breaker, Pacer, backoff_s, learn
 
 # %% ../nbs/lib/asking.ipynb #3dea6e27
 def prompt_tokens_estimate(
@@ -128,7 +128,7 @@ async def settle(
             await asking.pause(backoff_s(n_sent))
     return answer
 
-
+# %% ../nbs/lib/asking.ipynb #b17ca72b
 async def _send(asking: Asking, key: str, question: Question, n_sent: int, widened: bool) -> Answer | None:
     "One send: admitted, entered, sent, written down; None when the run was stopped"
     cfg, ledger = asking.teacher.cfg, asking.ledger
@@ -146,14 +146,14 @@ async def _send(asking: Asking, key: str, question: Question, n_sent: int, widen
         except asyncio.CancelledError:
             ledger.finish(attempt, status="cancelled", error="stopped while in flight; may have been billed")
             raise
-        asking.pacer.learn(answer, sent_at)
+        learn(asking.pacer, answer, sent_at)
         usd = cost_usd(cfg, question, answer)
         ledger.finish(attempt, is_final=is_settled(answer, n_sent, widened), cost_usd=usd, latency_s=asking.pacer.clock() - sent_at, **_columns(answer))
         await ledger.committed()
         asking.breaker.record(answer, reserve, usd)
         return answer
     finally:
-        await asking.pacer.leave()
+        await asking.pacer.in_flight.leave()
 
 
 def _columns(answer: Answer) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def run_in_thread(
     if "signal" in shared:
         raise Interrupted(STOPPED, shared["signal"])
 
-
+# %% ../nbs/lib/asking.ipynb #6409be65
 STOPPED = "stopped; finished answers are in the ledger, run the same command to go on"
 
 
@@ -331,7 +331,7 @@ def _within_caps(asking: Asking, batch: list[BatchItem], asked: dict[str, Questi
             return batch[:i], err
     return batch, None
 
-
+# %% ../nbs/lib/asking.ipynb #660d3132
 async def _submit(asking: Asking, batch: list[BatchItem], asked: dict[str, Question]) -> None:
     "Enter a batch into the ledger, submit it, and note its number"
     cfg, ledger = asking.teacher.cfg, asking.ledger
@@ -345,7 +345,7 @@ async def _submit(asking: Asking, batch: list[BatchItem], asked: dict[str, Quest
     ledger.note(name, note | {"id": await submit_batch(asking.teacher.client, batch, note["tag"]), "state": "submitted"})
     ledger.commit()
 
-# %% ../nbs/lib/asking.ipynb #660d3132
+# %% ../nbs/lib/asking.ipynb #0f7dbde0
 async def _collect_all(asking: Asking, open_questions: dict[str, Question]) -> None:
     "Wait until every batch has ended and its answers are in the ledger"
     while _active(asking.ledger):
@@ -369,7 +369,7 @@ async def _look(asking: Asking, open_questions: dict[str, Question]) -> None:
     if not ended:
         await asking.pause(POLL_S)
 
-
+# %% ../nbs/lib/asking.ipynb #6d29d64c
 def _take_home(asking: Asking, open_questions: dict[str, Question], keys: Sequence[str], answers: dict[str, Answer]) -> None:
     "Enter a batch's answers; what has none was not done and costs nothing"
     cfg, undone = asking.teacher.cfg, Answer("timeout", error="not done when the batch ended", billed=False)

@@ -437,14 +437,16 @@ def run_workers(
 ) -> Iterator[Request]:  # as they end
     "Decode requests with one worker a CPU thread, or one on a GPU"
     n_threads, on_cpu = torch.get_num_threads(), model.device.type == "cpu"
-    n_workers = max(1, min(n_threads, slots, len(requests) // 2)) if on_cpu else 1
+    n_workers = max(1, min(n_threads, slots, len(requests))) if on_cpu else 1
     shared = deque(requests)  # faster workers take more, unless that could change an answer
     queues = [shared if choice.exact else deque(requests[w::n_workers]) for w in range(n_workers)]
     shares = [slots // n_workers + (w < slots % n_workers) for w in range(n_workers)]
     tallies = [DecodeTally() for _ in queues]
     ended, stopped = queue.SimpleQueue(), threading.Event()
     pool = ThreadPoolExecutor(
-        n_workers, initializer=torch.set_num_threads, initargs=(max(1, n_threads // n_workers),)
+        n_workers,
+        initializer=torch.set_num_threads,
+        initargs=(n_threads // n_workers if _is_large(model) else 1,),
     )
     try:
         work = [
@@ -468,6 +470,11 @@ def run_workers(
             tally.add(part)
 
 # %% ../nbs/lib/decoding.ipynb #0ee61d7a
+def _is_large(model: torch.nn.Module) -> bool:
+    "Whether one product is long enough to be worth a barrier at its end"
+    return sum(p.numel() for p in model.parameters()) > 10**9
+
+
 def _work(
     model: Any,
     requests: list[Request],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DROP_FOR_STATUS', 'COLUMNS', 'study_questions', 'grade', 'rationale_rows', 'screen', 'rationale_table', 'eval_index',
            'generate_inputs', 'GenerateSummary', 'summarize', 'run_generate', 'n_sent_today', 'quote', 'preflight',
-           'on_thread', 'write_card', 'export_recording', 'plot_lengths', 'outcome_table']
+           'on_thread', 'card_text', 'write_card', 'export_recording', 'plot_lengths', 'outcome_table']
 
 # %% ../nbs/01_generate.ipynb #69d5a07b
 import asyncio
@@ -340,21 +340,20 @@ def on_thread(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         return pool.submit(lambda: asyncio.run(make())).result()
 
 # %% ../nbs/01_generate.ipynb #3157a387
-def write_card(
+def card_text(
     study: StudyConfig,
     teacher_id: str,
     summary: GenerateSummary,
     table: "pd.DataFrame",  # `rationales.parquet`
-    path: Path,
-) -> None:
-    "Write the README.md beside `rationales.parquet`"
+) -> str:  # Markdown
+    "What stands in the README.md beside `rationales.parquet`"
     cfg, kept = study.teacher(teacher_id), table[table["kept"]]
     words = kept["completion"].str.split().str.len()
     drops = "\n".join(f"| {reason} | {n} |" for reason, n in summary.drop_reasons.items()) or "| none | 0 |"
     models = ", ".join(f"{m} ({n})" for m, n in summary.models.items())
     shared = ", ".join(f"{n} {'whole' if run == 'exact' else f'a run of {run}'}" for run, n in summary.shared_with_tests.items())
     lengths = f"{words.median():.0f} words in the median, {words.min():.0f} to {words.max():.0f}" if len(kept) else "nothing kept"
-    text = f"""# Rationales of the teacher `{teacher_id}`
+    return f"""# Rationales of the teacher `{teacher_id}`
 
 | | |
 |---|---|
@@ -381,15 +380,19 @@ Prompt template (hash {prompt_hash(study.generate)}){_card_note(cfg)}:
 {study.generate.prompt_template}
 ```
 """
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
 
-
+# %% ../nbs/01_generate.ipynb #865d3e57
 def _card_note(cfg: TeacherConfig) -> str:
     "Why the prompt of this study may not be what the teacher saw"
     if cfg.provider == "human":
         return "; not used: these solutions came with the problems"
     return f"; not used: these answers were recorded earlier, see the card of {Path(cfg.path or '').name}" if cfg.provider == "recorded" else ""
+
+
+def write_card(study: StudyConfig, teacher_id: str, summary: GenerateSummary, table: "pd.DataFrame", path: Path) -> None:
+    "Write the data card whole"
+    with atomic_path(path) as part:
+        part.write_text(card_text(study, teacher_id, summary, table), encoding="utf-8")
 
 # %% ../nbs/01_generate.ipynb #285f4bec
 def export_recording(

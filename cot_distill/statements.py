@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'boxes', 'conclude', 'answer_ahead', 'answer_at', 'hashes_at', 'stated_answer', 'corrected_answer',
-           'concluded_answer', 'visible']
+           'breaks_off', 'concluded_answer', 'visible']
 
 # %% ../nbs/lib/statements.ipynb #53c5fcb5
 import re
@@ -23,7 +23,7 @@ _BOX_NAME = re.compile(r"oxed\s*\Z")
 
 def boxes(
     text: str,  # a completion
-) -> Iterator[tuple[int, int]]:  # start and end of the content of each closed box, last one first
+) -> Iterator[tuple[int, int]]:  # start and end of what each closed box holds, last one first
     "Where the well-formed `\\boxed{}` of `text` are"
     if (first := text.find("oxed")) < 0:
         return
@@ -36,18 +36,19 @@ def boxes(
             elif closers:
                 end = closers.pop()
                 named = _BOX_NAME.search(text, max(0, brace - 12), brace)
-                if named and end - brace <= WINDOW:
+                if named and end - brace <= WINDOW and text[brace + 1 : end].strip():
                     yield brace + 1, end
         stop = start
 
 # %% ../nbs/lib/statements.ipynb #05f8b63e
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')*\]]*\s+(?=[A-Z\"'(\[*\\$¤\d-])")
 _ASIDE = re.compile(
-    r"\b(?:in|(?<!total )of|or|for|by|per|within|after|before|from|over|than|every|each|on|at|with|all"
-    r"|into|between|until|if|when|during|to [a-z]+)\s(?:[a-z]{1,9}\s){0,2}?[\s¤]*\Z",
+    r"\b(?:in|(?<!total )of|or|for|by|per|within|after|before|from|over|than|every|each|on|at|all|into"
+    r"|between|until|if|when|during|to [a-z]+)\s(?:(?!is |are |was |has |have )[a-z]{1,9}\s){0,2}?"
+    r"[\s¤]*\Z",
     re.I,
 )
-_IN_SUM = re.compile(r"\d,\Z|[\w)%]\s?[-+×÷*/]\s?[¤(]*\Z")
+_IN_SUM = re.compile(r"\d,\Z|[\w)%]\s?[-+×÷*/]\s?[¤(]*\Z|\b(?:plus|minus|times)\s[¤]*\Z", re.I)
 _ROUNDED = re.compile(
     r"\bround\w*(?:\s(?:it|this|that|up|down|off))*\s(?:to|gives)\s(?=[¤\d])", re.I
 )
@@ -59,6 +60,8 @@ def _conclusion(plain: str) -> str | None:
         return read_plain(plain[rounded.end() :])
     if "=" in plain:
         return read_plain(plain.rsplit("=", 1)[1]) or read_plain(plain)
+    if NUMBER.match(plain) and ", " in (listed := read_number(plain) or ""):
+        return listed
     found = [
         item for item in NUMBER.finditer(plain) if not _IN_SUM.search(plain, 0, item.end("sign"))
     ]
@@ -130,7 +133,7 @@ _TO_TEXT = re.compile(
     r"(?:(?:[^\w\n]{0,40}\n){1,8}[^\S\n]*(?:[-+•>]\s+)?(?P<ordinal>\d{1,2}[.)]\s+(?=[^\s]))?)?"
 )
 _BACKWARD = re.compile(
-    r"(\S*\d\S*)(?:\s[a-z]{1,15}){0,2},?\s(?:which\s)?(?:is|was)\s(?:thus\s|therefore\s)?"
+    r"(?<!\S)(\S+)(?:\s[a-z]{1,15}){0,2},?\s(?:which\s)?(?:is|was)\s(?:thus\s|therefore\s)?"
     r"(?:the|my|our|your)\s(?:final\s|correct\s|right\s)?\Z",
     re.I,
 )
@@ -207,7 +210,7 @@ def hashes_at(
 
 # %% ../nbs/lib/statements.ipynb #43267246
 _MARKERS = {"answer": answer_at, "####": hashes_at}
-_TRIES = 10_000  # markers without an answer that are passed over before giving up
+_TRIES = 2_000  # markers without an answer that are passed over before giving up
 
 
 def stated_answer(
@@ -264,11 +267,32 @@ she he they it that this which if when as per each plus minus times equals get g
 your my its has have had will would can could need needs must should let next first now since because
 therefore thus hence find calculate add subtract multiply divide buys sells gives sold bought gave made
 makes earns pays spends costs takes eats uses adds how much many what also not only""".split()
-_UNFINISHED = re.compile(
-    rf"(?:[=,:;(\[{{<&^\\×÷#]|\s[-+*/$]|\b(?:{'|'.join(_HANGING)})"
-    r"|\d[^\d.!?\n]*,[^\d.!?\n]*[A-Za-z]|\([^()\n]*[\w\s]|\\[(\[][^)\]\n]*)\Z",
+_UNFINISHED = re.compile(rf"(?:[=≈,:;(\[{{<&^\\×÷#]|\s[-+*/$]|\b(?:{'|'.join(_HANGING)}))\Z", re.I)
+_OPEN_BRACKET = re.compile(r"(?:\([^()\n]*[\w\s]|\\[(\[][^)\]\n]*)\Z")
+_COMES_TO = re.compile(
+    r"=|\b(?:so|therefore|thus|hence|total|altogether|in all|finally|answer|result|left|remain\w*)\b",
     re.I,
 )
+
+
+def breaks_off(
+    text: str,  # a completion
+) -> bool:  # as far as its end shows
+    "Whether `text` stops in the middle of something"
+    line = text[text.rfind("\n", 0, len(text.rstrip())) + 1 :].rstrip()[-WINDOW:]
+    if _UNFINISHED.search(line, max(0, len(line) - 12)) or _OPEN_BRACKET.search(line):
+        return True
+    if not line[-1:].isalnum():
+        return False
+    sentence = re.sub(r"\A\s*(?:\d{1,2}[.)]|[-*•])\s", "", _SENTENCE.split(line)[-1])
+    *_, before, after = [None, *re.split(r"\d[\d,.]*", sentence)]
+    if before is None or re.search(r"[,;:(]|(?:\w+\W+){9}", after):
+        return True
+    if _COMES_TO.search(sentence[: len(sentence) - len(after)]):
+        return False
+    return len(sentence.split()) > 5 if after else bool(_ASIDE.search(before))
+
+
 _GIVES_UP = re.compile(
     r"\b(?:can(?:no|')t|can not|could(?: not|n't)|unable to|(?:im|not )possible to|do(?:es)?(?: not|n't))"
     r" (?:be )?(?:determined?|answer(?:ed)?|solved?|calculated?|know|say|tell)\b"
@@ -282,9 +306,9 @@ def concluded_answer(
     n_lines: int = 5,  # lines with words that are looked at, from the end
 ) -> str | None:  # canonical text, None where the text breaks off, gives up or has no number
     "The answer that the end of `text` comes to"
-    text = text.rstrip()
-    if _UNFINISHED.search(text, max(0, len(text) - WINDOW)):
+    if breaks_off(text):
         return None
+    text = text.rstrip()
     for _ in range(10 * n_lines):  # lines without words, such as rules and fences, count a tenth
         start = text.rfind("\n") + 1
         line = text[max(start, len(text) - WINDOW - 1) :]

@@ -64,10 +64,12 @@ def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypat
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch):
     "Two nodes on this machine"
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     from ray.cluster_utils import Cluster
 
-    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     two.add_node(num_cpus=1)
     yield two
     ray.shutdown()

@@ -289,3 +289,41 @@ def test_a_real_model_behind_a_real_server(tmp_path):
     assert (table["completion"].str.len() > 0).all() and (table["completion_tokens"] > 0).all()
     assert set(table["finish_reason"]) <= {"stop", "length"}
     assert isinstance(OpenAITeacher(study.teacher("t"), 1.0), OpenAITeacher) and RecordedTeacher
+
+
+STUDY = """
+name = "keys"
+[problems]
+source = "two-step"
+limit = 3
+[[eval_sets]]
+name = "two-step"
+source = "two-step"
+limit = 2
+[teachers.t]
+provider = "openai"
+model = "test-model"
+base_url = "{url}"
+api_key_env = "OPENAI_API_KEY"
+max_in_flight = 1
+[generate]
+keep_wrong = true
+max_attempts = 2
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_no_key_in_a_papermill_report(tmp_path, root, fails):
+    "A stage run by papermill with a marked key: not in the run folder, the report or what it printed"
+    reply = Reply(401, error(f"Incorrect API key provided: {KEY}")) if fails else Reply(body=completion(text=f"{KEY}\n#### 1"))
+    with FaultyServer(lambda r, n: reply) as server:
+        (tmp_path / "keys.toml").write_text(STUDY.format(url=server.url))
+        given = {"config": tmp_path / "keys.toml", "teacher": "t", "limit": 0, "run_dir": tmp_path / "run"}
+        arguments = [x for name, value in given.items() for x in ("-p", name, str(value))]
+        command = [sys.executable, "-m", "papermill", root / "nbs" / "01_generate.ipynb", tmp_path / "report.ipynb", *arguments, "--cwd", root / "nbs", "--no-progress-bar"]
+        done = subprocess.run(command, env=os.environ | {"OPENAI_API_KEY": KEY}, capture_output=True, text=True, timeout=280)
+        assert (done.returncode != 0) == fails, done.stderr[-2000:]
+        assert server.requests and server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    (tmp_path / "printed.txt").write_text(done.stdout + done.stderr)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) >= 4 and not [p for p in files if KEY.encode() in p.read_bytes()]
