@@ -156,7 +156,7 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
 
-
+# %% ../nbs/03_eval.ipynb #f158b219
 def _whole_line(line: bytes) -> dict[str, Any] | None:
     "A line as it was written, None when it was cut off"
     if not line.endswith(b"\n"):

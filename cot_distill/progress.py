@@ -98,7 +98,7 @@ class Progress:
         part.write_text(json.dumps(self._status()), encoding="utf-8")
         os.replace(part, self.status_file)
 
-
+# %% ../nbs/lib/progress.ipynb #6bafebc4
 def _short(value: Any) -> str:
     "Four significant digits for a float, `str` for the rest"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

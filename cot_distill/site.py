@@ -185,7 +185,7 @@ def stage_site(
         os.replace(staged, target)
     return target
 
-
+# %% ../nbs/lib/site.ipynb #bf1625ae
 def _stage_notebook(path: Path, staged: Path, root: Path, title: str = "", seen_from: Path | None = None) -> None:
     "Write one notebook for Quarto; links lead where they led from `seen_from`, the notebook's place of origin"
     import nbformat

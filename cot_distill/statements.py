@@ -262,12 +262,14 @@ def corrected_answer(
     return "" if any(cue["retracted"] for cue in cues) else None
 
 # %% ../nbs/lib/statements.ipynb #ee14587c
-_HANGING = """a an the and or but so then than of to by with for from in on at is are was were be we
-she he they it that this which if when as per each plus minus times equals get gets her his their our
-your my its has have had will would can could need needs must should let next first now since because
-therefore thus hence find calculate add subtract multiply divide buys sells gives sold bought gave made
-makes earns pays spends costs takes eats uses adds how much many what also not only""".split()
-_UNFINISHED = re.compile(rf"(?:[=≈,:;(\[{{<&^\\×÷#]|\s[-+*/$]|\b(?:{'|'.join(_HANGING)}))\Z", re.I)
+_HANGING = set(
+    """a an the and or but so then than of to by with for from in on at is are was were be we she he
+    they it that this which if when as per each plus minus times equals get gets her his their our your
+    my its has have had will would can could need needs must should let next first now since because
+    therefore thus hence find calculate add subtract multiply divide buys sells gives sold bought gave
+    made makes earns pays spends costs takes eats uses adds how much many what also not only""".split()
+)
+_LAST_WORD = re.compile(r"[A-Za-z]+\Z|[=≈,:;(\[{<&^\\×÷#]\Z|\s[-+*/$]\Z")
 _OPEN_BRACKET = re.compile(r"(?:\([^()\n]*[\w\s]|\\[(\[][^)\]\n]*)\Z")
 _COMES_TO = re.compile(
     r"=|\b(?:so|therefore|thus|hence|total|altogether|in all|finally|answer|result|left|remain\w*)\b",
@@ -280,7 +282,9 @@ def breaks_off(
 ) -> bool:  # as far as its end shows
     "Whether `text` stops in the middle of something"
     line = text[text.rfind("\n", 0, len(text.rstrip())) + 1 :].rstrip()[-WINDOW:]
-    if _UNFINISHED.search(line, max(0, len(line) - 12)) or _OPEN_BRACKET.search(line):
+    last = _LAST_WORD.search(line, max(0, len(line) - 12))
+    hangs = last and (not last[0].isalpha() or last[0].lower() in _HANGING)
+    if hangs or _OPEN_BRACKET.search(line):
         return True
     if not line[-1:].isalnum():
         return False
