@@ -80,6 +80,7 @@ def pull(
     store: str,
     folder: Path,
     wanted: Callable[[str], bool] = lambda name: True,  # which paths
+    exact: bool = False,  # also remove what the mirror has not
 ) -> list[str]:  # what was fetched
     "Fetch what the mirror has and we have not fetched before in this form"
     fs, root = _open(store)
@@ -95,6 +96,9 @@ def pull(
             fs.get_file(f"{root}/{name}", str(part))
         known[name] = form
         fetched.append(name)
+    for path in [p for p in folder.rglob("*") if p.is_file()] if exact else []:
+        if path.relative_to(folder).as_posix() not in there and not path.name.endswith(LOCAL_ONLY):
+            path.unlink()  # from an earlier job on this machine
     write_json(notes, known)
     return fetched
 
@@ -122,7 +126,7 @@ def do_job(
     run = RunFolder(Path(os.path.normpath(here / _run_dir(parameters, here))))
     known: dict[str, Any] = {}
     if store:
-        pull(store, run.path, lambda name: _concerns(name, job))
+        pull(store, run.path, lambda name: _concerns(name, job), exact=True)
         changed_files(run.path, known)
     study = load_study(run.config_file)
     executor = LocalExecutor(study, run, here, 1)

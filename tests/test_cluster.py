@@ -31,6 +31,8 @@ def test_a_folder_travels_and_only_changes_are_sent(tmp_path: Path) -> None:
     assert pull(store, there) == ["evals/base/a.json"] and (there / "evals/base/a.json").read_text() == "two"
     discard(store, ["evals/base"])
     assert pull(store, tmp_path / "third") == []
+    assert pull(store, there) == [] and (there / "evals/base/a.json").exists()
+    assert pull(store, there, exact=True) == [] and not (there / "evals/base/a.json").exists()
 
 
 def test_a_ledger_in_use_travels_whole(tmp_path: Path) -> None:
