@@ -105,7 +105,7 @@ class SlotCache:
         "Asked by some models; positions are always given, so it does not matter"
         return 0
 
-# %% ../nbs/lib/decoding.ipynb #914da2b3
+# %% ../nbs/lib/decoding.ipynb #c7a88db8
 def _move(cache: SlotCache, source: int, target: int | slice, n_columns: int) -> None:
     "Copy the first columns of one slot to another, or to many"
     for block in (block for blocks in cache.layers for block in blocks):
