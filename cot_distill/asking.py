@@ -119,7 +119,8 @@ async def settle(
     wide = replace(question, max_tokens=2 * question.max_tokens)
     widened, answer = key in asking.cut_keys, None
     for n_sent in range(1, cfg.max_attempts + 1):
-        answer = await _send(asking, key, wide if widened else question, n_sent, widened)
+        is_retry = answer is not None and answer.status != "truncated"  # more room for a long answer is no sign of trouble
+        answer = await _send(asking, key, wide if widened else question, n_sent, widened, is_retry)
         if answer is None or is_settled(answer, n_sent, widened) or n_sent == cfg.max_attempts:
             return answer
         if answer.status == "truncated":
@@ -129,7 +130,7 @@ async def settle(
     return answer
 
 # %% ../nbs/lib/asking.ipynb #b17ca72b
-async def _send(asking: Asking, key: str, question: Question, n_sent: int, widened: bool) -> Answer | None:
+async def _send(asking: Asking, key: str, question: Question, n_sent: int, widened: bool, is_retry: bool) -> Answer | None:
     "One send: admitted, entered, sent, written down; None when the run was stopped"
     cfg, ledger = asking.teacher.cfg, asking.ledger
     reserve = reserve_usd(cfg, question)
@@ -137,7 +138,7 @@ async def _send(asking: Asking, key: str, question: Question, n_sent: int, widen
     try:
         if asking.stop.is_set():
             return None
-        asking.breaker.check(reserve, is_retry=n_sent > 1)
+        asking.breaker.check(reserve, is_retry)
         attempt = ledger.begin(key, question.problem.problem_id, question.sample_idx, reserve)
         await ledger.committed()
         sent_at = asking.pacer.clock()

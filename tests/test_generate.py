@@ -167,6 +167,13 @@ def test_a_larger_second_try_is_wider(tmp_path):
         assert [r.body["max_tokens"] for r in server.requests] == [64, 128]
 
 
+def test_long_answers_are_no_trouble(tmp_path):
+    "Thirty texts cut at their limit get thirty wider tries: that is no storm of retries"
+    with FaultyServer(always(Reply(body=completion(text="3 *", finish="length")))) as server:
+        summary = run_generate(make_study(server.url, n=30), "t", RunFolder(tmp_path))
+        assert len(server.requests) == 60 and summary.drop_reasons == {"truncated": 30}
+
+
 @pytest.mark.parametrize(("setting", "n_sent"), [({"max_requests": 3}, 3), ({"max_usd": 0.001}, 2)])
 def test_caps_are_hard(tmp_path, setting, n_sent):
     "Checked before each send, across restarts too: ten more tries send nothing more"

@@ -260,7 +260,8 @@ p = xllamacpp.CommonParams()
 p.model.path, p.model_alias, p.port = sys.argv[1], {"smollm2-135m"}, 0
 p.n_parallel, p.n_ctx, p.warmup, p.verbosity = 2, 2048, False, 0
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
-print(xllamacpp.Server(p).listening_address, flush=True)
+server = xllamacpp.Server(p)  # kept: the server stops with its object
+print(server.listening_address, flush=True)
 time.sleep(3600)
 """
 
