@@ -1,12 +1,13 @@
 """Tokens a second and peak memory of training: packed and padded, NF4 and full precision, and TRL's SFTTrainer beside them.
 
-    python benchmarks/train.py                                   # on this machine, a few minutes
+    python benchmarks/train.py                                   # on this machine, some minutes
     python benchmarks/train.py --trl-python ~/trl/bin/python     # with TRL, from an environment that has it and this package
-    python benchmarks/train.py --student Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 --source gsm8k   # on a GPU, with MFU
+    python benchmarks/train.py --student Qwen/Qwen2.5-1.5B-Instruct --problems gsm8k --steps 40 --trl-python …   # on a GPU: with MFU
 
-Every variant runs in a process of its own, in turn, `--rounds` times over, on the same examples in the same order with the
-same recipe; the first step is not counted. Tokens are those of the examples: padding is not work, and a beginning that
-packed examples share is counted in each. Ratios are of medians within one run of this script.
+A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`, `trl-bf16`, ...; `trl_free` is TRL without
+padding, which needs FlashAttention. Every variant runs in a process of its own, in turn, `--rounds` times over, on the same
+examples in the same order with the same recipe; the first step is not counted. Tokens are those of the examples: padding is
+no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians.
 """
 
 import argparse
@@ -16,137 +17,231 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense bfloat16
+import common
+
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bfloat16
+CPU_VARIANTS = "packed-fp32,padded-fp32,trl-fp32,packed-bf16,packed-nf4,padded-nf4"
+GPU_VARIANTS = "packed-bf16,padded-bf16,trl-bf16,trl_free-bf16,packed-nf4,padded-nf4"
 
 
 def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--source", default="two-step", help="problems, as in a study")
+    parser.add_argument("--problems", default="two-step", help="sources as in a study, commas between")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--variants", default="packed,padded,packed-nf4,padded-nf4,trl")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lora-r", type=int, default=64)
+    parser.add_argument("--variants", default="", help=f"default: {CPU_VARIANTS} without a GPU, {GPU_VARIANTS} with one")
     parser.add_argument("--trl-python", default="", help="python of an environment with trl; without it TRL is left out")
-    parser.add_argument("--out", default="", help="JSON file for the results")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SOURCE"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, Any]:
     "Train one variant in this process"
     import torch
-    from transformers import AutoConfig, TrainerCallback
+    from transformers import AutoConfig
 
-    from cot_distill.config import StudentConfig, TrainConfig
-    from cot_distill.packing import Example, training_order
-    from cot_distill.problems import load_problems
-    from cot_distill.sizes import add_lora, plan_training, sizes_of
-    from cot_distill.students import completion_ids, device_of, load_student, prompt_ids, student_source
+    from cot_distill.config import TrainConfig
+    from cot_distill.packing import training_order
+    from cot_distill.sizes import plan_training, sizes_of
+    from cot_distill.students import device_of, load_student, student_source
     from cot_distill.train import PeakMemory
-    from cot_distill.trainer import make_trainer, training_arguments
+    from cot_distill.trainer import training_arguments
 
-    engine, _, quantization = args.one.partition("-")
-    student = StudentConfig(model=args.student, dtype=args.dtype, quantization=quantization or "none")
+    student = student_for(args.student, variant.split("-")[1], torch.cuda.is_available())
     cfg = TrainConfig(
-        lora_dropout=args.dropout, learning_rate=2e-4, epochs=1, batch_size=args.batch_size, gradient_accumulation=args.accumulation,
-        packing=engine == "packed", checkpoint_every=10_000,
+        lora_r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.0, learning_rate=2e-4, epochs=1,
+        batch_size=args.batch_size, gradient_accumulation=1, packing=variant.startswith("packed"),
     )  # fmt: skip
     model, tokenizer = load_student(student)
-    problems = load_problems(args.source, limit=args.batch_size * args.accumulation * args.steps)
-    examples = [Example(p.problem_id, tuple(prompt_ids(tokenizer, p.question, student)), tuple(completion_ids(tokenizer, p.solution))) for p in problems]
+    examples = examples_of(source, tokenizer, student, args.batch_size * args.steps)
     order = training_order(examples, cfg, seed=0)
     plan = plan_training(examples, student, cfg, 0, sizes_of(AutoConfig.from_pretrained(student_source(student)), cfg.lora_r))
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
+    peak = PeakMemory(device_of(student))
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(student, cfg, 0, len(order), Path(folder))
         arguments.save_strategy = "no"
-        peak = PeakMemory(device_of(student))
-        if engine == "trl":
-            trainer = trl_trainer(model, tokenizer, [examples[i] for step in order for i in step], cfg, arguments)
-        else:
-            trainer = make_trainer(add_lora(model, cfg, 0), examples, arguments, cfg, 0, tokenizer.pad_token_id)
-        trainer.add_callback(Clock())
-        trainer.train()
+        make = trl_trainer if variant.startswith("trl") else our_trainer
+        trainer, pad_share = make(variant, model, tokenizer, examples, order, cfg, arguments)
+        ends = timed(trainer)
     tokens = [sum(examples[i].n_tokens for i in step) for step in order]
-    seconds = ends[-1] - ends[0]
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = {"variant": args.one, "tokens_per_s": sum(tokens[1:]) / seconds, "peak_memory_gb": peak.gb(), "first_loss": float(losses[0]), "last_loss": float(losses[-1])}
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        flops = next((f for key, f in PEAK_FLOPS.items() if key in name), None)
-        result |= {"gpu": name, "mfu": plan.tflop * 1e12 * sum(tokens[1:]) / sum(tokens) / seconds / flops if flops else None}
-    return result
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    done = sum(tokens[1:]) / (ends[-1] - ends[0])
+    mfu = peak_flops() and plan.tflop * 1e12 / sum(tokens) * done / peak_flops()
+    return {"tokens_per_s": done, "pad_share": pad_share, "peak_memory_gb": peak.gb(), "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
-def trl_trainer(model, tokenizer, examples: list, cfg, arguments):
-    "TRL's SFTTrainer on the same tokens, with the same recipe"
+def student_for(model: str, weights: str, has_gpu: bool) -> Any:
+    "The student with one kind of weights"
+    from cot_distill.config import StudentConfig
+
+    if weights not in ("fp32", "bf16", "nf4"):
+        raise SystemExit(f"weights are fp32, bf16 or nf4: got {weights!r}")
+    dtype = "bfloat16" if weights == "bf16" or (weights == "nf4" and has_gpu) else "float32"
+    return StudentConfig(model=model, dtype=dtype, quantization="nf4" if weights == "nf4" else "none")
+
+
+def examples_of(source: str, tokenizer: Any, student: Any, n: int) -> list:
+    "The first problems of a source with the solutions that come with them"
+    from cot_distill.packing import Example
+    from cot_distill.problems import load_problems
+    from cot_distill.students import completion_ids, prompt_ids
+
+    problems = load_problems(source, limit=n)
+    return [Example(p.problem_id, tuple(prompt_ids(tokenizer, p.question, student)), tuple(completion_ids(tokenizer, p.solution))) for p in problems]
+
+
+def our_trainer(variant: str, model: Any, tokenizer: Any, examples: list, order: list, cfg: Any, arguments: Any) -> tuple[Any, float]:
+    "This package's trainer, and the share of positions that are padding"
+    from cot_distill.sizes import add_lora
+    from cot_distill.trainer import make_trainer
+
+    trainer = make_trainer(add_lora(model, cfg, 0), examples, arguments, cfg, 0, tokenizer.pad_token_id)
+    return trainer, pad_share_of(trainer.make_batch(p).inputs for p in trainer.train_dataset)
+
+
+def trl_trainer(variant: str, model: Any, tokenizer: Any, examples: list, order: list, cfg: Any, arguments: Any) -> tuple[Any, float]:
+    "TRL's SFTTrainer on the same tokens in the same order, with the same recipe"
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"input_ids": [*e.prompt, *e.completion], "completion_mask": e.loss_mask} for e in examples]
+    flash = find_spec("flash_attn") is not None and model.dtype.itemsize == 2 and torch.cuda.is_available()
+    model.set_attn_implementation("flash_attention_2" if flash else "sdpa")
+    rows = [{"input_ids": [*e.prompt, *e.completion], "completion_mask": e.loss_mask} for e in (examples[i] for step in order for i in step)]
     config = SFTConfig(
-        output_dir=arguments.output_dir, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.gradient_accumulation,
+        output_dir=arguments.output_dir, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=1, num_train_epochs=1,
         learning_rate=cfg.learning_rate, lr_scheduler_type="cosine", warmup_steps=arguments.warmup_steps, weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.max_grad_norm, optim=arguments.optim, num_train_epochs=1, seed=0, bf16=arguments.bf16, use_cpu=arguments.use_cpu,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, max_length=cfg.max_length, completion_only_loss=True,
-        gradient_checkpointing=False, shuffle_dataset=False, dataloader_pin_memory=False, train_sampling_strategy="sequential",
+        max_grad_norm=cfg.max_grad_norm, optim=arguments.optim, seed=0, bf16=arguments.bf16, use_cpu=arguments.use_cpu, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, max_length=cfg.max_length, completion_only_loss=True,
+        gradient_checkpointing=False, train_sampling_strategy="sequential", dataloader_pin_memory=False, padding_free=variant.startswith("trl_free"),
     )  # fmt: skip
+    torch.manual_seed(0)
     lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-    return SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+    return trainer, pad_share_of(trainer.get_train_dataloader())
+
+
+def pad_share_of(batches: Any) -> float:
+    "Positions that no one attends to, of all positions"
+    n_pads = n_positions = 0
+    for inputs in batches:
+        n_positions += inputs["input_ids"].numel()
+        if inputs.get("attention_mask") is not None:
+            n_pads += int((inputs["attention_mask"] == 0).sum())
+    return n_pads / n_positions
+
+
+def timed(trainer: Any) -> list[float]:
+    "Train; when each step ended, in seconds"
+    import torch
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return ends
+
+
+def peak_flops() -> float | None:
+    "What this GPU could do, dense, in bfloat16; None without one that is known"
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 def main() -> int:
     args = settings()
     if args.one:
-        print("RESULT " + json.dumps(measure(args)))
+        print("RESULT " + json.dumps(measure(args, *args.one)))
         return 0
-    variants = [v for v in args.variants.split(",") if v != "trl" or args.trl_python]
-    results: dict[str, list[dict]] = {v: [] for v in variants}
-    for _ in range(args.rounds):
-        for variant in variants:
-            python = args.trl_python if variant == "trl" else sys.executable
-            done = subprocess.run([python, __file__, *sys.argv[1:], "--one", variant], capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                print(f"{variant} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                continue
-            results[variant].append(json.loads(lines[0][7:]))
-            print(f"{variant}: {results[variant][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr)
-    report(args, results)
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    variants = (args.variants or (GPU_VARIANTS if has_gpu else CPU_VARIANTS)).split(",")
+    not_run = [common.skipped(v, "no --trl-python was given") for v in variants if v.startswith("trl") and not args.trl_python]
+    if not has_gpu:
+        not_run.append(common.skipped("model FLOP utilisation, and TRL without padding", "both need a GPU, and this machine has none"))
+    variants = [v for v in variants if args.trl_python or not v.startswith("trl")]
+    sources = args.problems.split(",")
+    found: dict[tuple[str, str], list[dict]] = {(s, v): [] for s in sources for v in variants}
+    for number in range(args.rounds):
+        for source, variant in found:
+            found[source, variant].append(one(args, variant, source))
+            print(f"round {number + 1}, {source}, {variant}: {found[source, variant][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+    rows = [row(Path(source).stem, variant, results) for (source, variant), results in found.items()]
+    for r in rows:
+        r["times_padded"] = over(rows, r["problems"], r["variant"], f"padded-{r['variant'].split('-')[1]}")
+    common.report("train", rows, goals(rows, "bf16" if has_gpu else "fp32"), not_run, notes(args))
     return 0
 
 
-def report(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
-    "A table of medians, on the screen and as JSON"
-    from cot_distill.runs import provenance
+def one(args: argparse.Namespace, variant: str, source: str) -> dict[str, Any]:
+    "Measure one variant in a process of its own"
+    python = args.trl_python if variant.startswith("trl") else sys.executable
+    done = subprocess.run([python, __file__, *sys.argv[1:], "--one", variant, source], capture_output=True, text=True)
+    result = next((line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if result is None:
+        raise SystemExit(f"{variant} on {source} failed:\n{done.stderr[-2000:]}")
+    return json.loads(result)
 
-    def median(variant: str, key: str) -> float:
-        return statistics.median(r[key] for r in results[variant])
 
-    done = [v for v in results if results[v]]
-    print(f"\n{args.student}, {args.dtype}, batch {args.batch_size} x {args.accumulation}, {args.steps} steps, dropout {args.dropout:g}, {args.source}\n")
-    print("| variant | tokens/s | of padded | peak memory, GB | MFU | loss, first and last step |\n|---|---|---|---|---|---|")
-    for v in done:
-        ratio = f"{median(v, 'tokens_per_s') / median('padded', 'tokens_per_s'):.2f}" if "padded" in done else ""
-        mfu = f"{median(v, 'mfu'):.0%}" if results[v][0].get("mfu") else "–"
-        spread = f"{min(r['tokens_per_s'] for r in results[v]):.0f}–{max(r['tokens_per_s'] for r in results[v]):.0f}"
-        print(f"| {v} | {median(v, 'tokens_per_s'):.1f} ({spread}) | {ratio} | {median(v, 'peak_memory_gb'):.2f} | {mfu} | {median(v, 'first_loss'):.3f}, {median(v, 'last_loss'):.3f} |")
-    if args.out:
-        Path(args.out).write_text(json.dumps({"settings": vars(args), "results": results, "provenance": provenance()}, indent=2) + "\n")
+def row(problems: str, variant: str, results: list[dict]) -> dict[str, Any]:
+    "Medians of one variant"
+    speeds = [r["tokens_per_s"] for r in results]
+    middle = {key: None if results[0][key] is None else statistics.median(r[key] for r in results) for key in results[0]}
+    return {"problems": problems, "variant": variant, **middle, "slowest_round": min(speeds), "fastest_round": max(speeds)}
+
+
+def speed(rows: list[dict], problems: str, variant: str) -> float | None:
+    "Median tokens a second of a variant, where it was run"
+    return next((r["tokens_per_s"] for r in rows if (r["problems"], r["variant"]) == (problems, variant)), None)
+
+
+def over(rows: list[dict], problems: str, variant: str, other: str) -> float | None:
+    "How many times as fast one variant is as another"
+    a, b = speed(rows, problems, variant), speed(rows, problems, other)
+    return a / b if a and b else None
+
+
+def goals(rows: list[dict], weights: str) -> list[dict]:
+    "What was wanted, for each set of problems"
+    found = []
+    for problems in dict.fromkeys(r["problems"] for r in rows):
+        mine, trl = ({r["variant"]: r for r in rows if r["problems"] == problems}.get(f"{engine}-{weights}", {}) for engine in ("packed", "trl"))
+        gap = abs(mine["last_loss"] - trl["last_loss"]) if mine and trl else None
+        found += [
+            common.goal(f"{problems}: packed over padded, tokens/s, times", 1.25, over(rows, problems, f"packed-{weights}", f"padded-{weights}")),
+            common.goal(f"{problems}: packed over TRL's SFTTrainer, tokens/s, times", 1.0, over(rows, problems, f"packed-{weights}", f"trl-{weights}")),
+            common.goal(f"{problems}: padding when packed, share of positions", 0.02, mine.get("pad_share"), at_most=True),
+            common.goal(f"{problems}: loss of the last step, packed and TRL apart, nats", 0.01, gap, at_most=True),
+            common.goal(f"{problems}: model FLOP utilisation on a GPU", 0.40, mine.get("mfu")),
+        ]
+    return found
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    "How the numbers came about"
+    return [
+        f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, {args.steps} steps of {args.batch_size} examples, medians of {args.rounds} rounds, variants in turn.",
+        "tokens_per_s counts the tokens of the examples; times_padded compares with padded batches on the same weights.",
+        "TRL logs entropy and token accuracy at each step, as it does by default; gradient checkpointing, its default, is off.",
+    ]
 
 
 if __name__ == "__main__":

@@ -471,24 +471,23 @@ def _solved(adapter: Path | None, n: int = 100) -> int:
         model = load_adapter(model, adapter, merge=True)
     problems = load_problems("two-step", split="test", limit=n)
     prompts = [prompt_ids(tokenizer, p.question, cfg) for p in problems]
-    done = dict(decode(model, tokenizer, prompts, max_new_tokens=64, slots=25))
+    done = dict(decode(model, tokenizer, prompts, max_new_tokens=128, slots=25))
     return sum(is_correct(done[i].text, p.reference_answer, done[i].truncated) for i, p in enumerate(problems))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_rationales_teach_and_shuffled_answers_do_not(tmp_path):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("shuffled", [False, True], ids=["as written", "shuffled"])
+def test_rationales_teach_and_shuffled_ones_do_not(tmp_path, shuffled):
     torch.set_num_threads(2)
-    solved = {"base": _solved(None)}
-    for name in ("taught", "shuffled"):
-        recipe = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-3, "epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "checkpoint_every": 100}
-        study = make_study("smollm2-135m", 300, **recipe)
-        run = open_run(tmp_path / name, study)
-        table = write_rationales(run, 300)
-        if name == "shuffled":
-            table["completion"] = table["completion"].sample(frac=1, random_state=0).to_numpy()
-            table.to_parquet(run.rationales("human"))
-        run_train(study, "human", run)
-        solved[name] = _solved(run.adapter("human"))
-    assert solved["taught"] >= solved["base"] + 20, solved
-    assert solved["shuffled"] <= solved["base"] + 5, solved
+    recipe = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-3, "epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "checkpoint_every": 100}
+    study = make_study("smollm2-135m", 300, **recipe)
+    run = open_run(tmp_path / "run", study)
+    table = write_rationales(run, 300)
+    if shuffled:
+        table["completion"] = table["completion"].sample(frac=1, random_state=0).to_numpy()
+        table.to_parquet(run.rationales("human"))
+    log = run_train(study, "human", run)
+    base, trained = _solved(None), _solved(run.adapter("human"))
+    print(f"{base} of 100 untrained, {trained} of 100 trained; loss {losses_of(log)[0]:.2f} to {log['final_train_loss']:.2f}")
+    assert trained <= base + 5 if shuffled else trained >= base + 20, (base, trained)
