@@ -72,6 +72,7 @@ class TeacherConfig(Part):
     sdk: Literal["google-generativeai", "google-genai"] = "google-generativeai"  # gemini only
     path: str | None = None  # recorded only: a ledger, parquet or JSONL; `package:` ships with us
     calculator_marks: bool = True  # human only: keep GSM8K notes such as <<48/2=24>>
+    answer_line: str | None = None  # human only: the last line, such as "Final Answer: {answer}"; None: as it stands
     extra_body: dict[str, Any] = Field(default_factory=dict)  # provider's own switches
     rpm: float | None = Field(None, gt=0)  # requests a minute; None: adapt to the provider
     tpm: float | None = Field(None, gt=0)  # tokens a minute, max_tokens included

@@ -32,7 +32,7 @@ from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
 from .runs import RunFolder, atomic_path, begin_stage, file_fingerprint, fingerprint, finish_stage, read_json, read_parquet, record_run, stage_marker, write_parquet
 from .screening import NGRAMS, TestIndex, blocking_run, markup_in, near_duplicates, words_of
-from .teachers import open_teacher, prompt_hash, recording_path, render_messages, request_body, request_of
+from .teachers import human_form, open_teacher, prompt_hash, recording_path, render_messages, request_body, request_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +161,7 @@ def generate_inputs(
     if cfg.provider == "recorded":
         who = {"provider": "recorded", "recording": recording_path(study, cfg).name, "content": file_fingerprint(recording_path(study, cfg))}
     if cfg.provider == "human":
-        who = {"provider": "human", "calculator_marks": cfg.calculator_marks}
+        who = {"provider": "human"} | human_form(cfg)
     how = study.generate.model_dump(include={"prompt_template", "system_prompt", "n_samples", "temperature", "top_p", "max_tokens", "keep_wrong", "block_ngram"})
     content = fingerprint([[p.problem_id, p.question, p.reference_answer, p.solution] for p in problems])
     return {"problems": {"n": len(problems), "content": content}, "teacher": who, "generate": how}
