@@ -24,7 +24,7 @@ from .outcomes import lost_table, mistake_examples, outcome_shares, solved_table
 from .plots import teacher_color
 from .stats import holm, minimum_detectable_difference, paired_difference
 from .texts import MISTAKES, text_features
-from .words import drawn, p_text, percent, said
+from .words import drawn, p_text, percent, said, seeds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def results_table(
         {
             "student": row.variant, "n": row.n, "right": row.n_correct, "accuracy": percent(row.accuracy, row.low, row.high),
             "difference to base, points": percent(row.delta, row.delta_low, row.delta_high, signed=True) if row.delta is not None else "",
-            "p": p_text(row.p), "p (Holm)": p_text(row.p_holm), "cut off": row.n_truncated, "no answer": row.n_no_answer,
+            "p": p_text(row.p), "p (Holm)": p_text(row.p_holm), "over seeds": seeds_text(row.over_seeds), "cut off": row.n_truncated, "no answer": row.n_no_answer,
         }
         for row in results.itertuples()
     ]  # fmt: skip

@@ -180,9 +180,9 @@ def train(config: Config, teachers: Teachers = "", limit: Limit = None, run_dir:
     Example: [bold]cot-distill train configs/demo.toml --teachers human[/]
     """
     study, folder = _open(config, limit, run_dir, overrides)
-    names = comma_list(teachers) or list(study.teachers)
+    names = comma_list(teachers) or list(study.variants())
     for name in names:
-        study.teacher(name)
+        study.variant(name)
     from cot_distill.train import run_train
 
     def work(name: str) -> str:
@@ -205,10 +205,10 @@ def evaluate(
     Example: [bold]cot-distill eval configs/demo.toml --teachers base,human[/]
     """
     study, folder = _open(config, limit, run_dir, overrides)
-    names = comma_list(students) or ["base", *study.teachers]
+    names = comma_list(students) or ["base", *study.variants()]
     for name in names:
         if name != "base":
-            study.teacher(name)
+            study.variant(name)
     from cot_distill.eval import run_eval, write_results
 
     def work(name: str) -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_ENDINGS', 'Part', 'ProblemsConfig', 'EvalSetConfig', 'StudentConfig', 'TeacherConfig', 'GenerateConfig',
-           'TrainConfig', 'EvalConfig', 'StudyConfig', 'is_path', 'parse_study', 'load_study', 'with_limit', 'to_toml',
-           'flatten', 'difference']
+           'TrainConfig', 'EvalConfig', 'RootedPart', 'Variant', 'StudyConfig', 'is_path', 'parse_study', 'load_study',
+           'with_limit', 'to_toml', 'flatten', 'difference']
 
 # %% ../nbs/lib/config.ipynb #71966ba8
 import difflib
@@ -13,9 +13,9 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
@@ -142,39 +142,10 @@ class EvalConfig(Part):
     n_shots: int = Field(0, ge=0)  # worked examples before the question, from the training problems
 
 # %% ../nbs/lib/config.ipynb #e2032238
-class StudyConfig(Part):
-    "One study, complete"
+class RootedPart(Part):
+    "A config part that knows which folder its relative paths start from"
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # becomes a folder name
-    description: str = ""
-    seed: int = 0
-    problems: ProblemsConfig
-    eval_sets: list[EvalSetConfig] = Field(min_length=1)
-    student: StudentConfig = StudentConfig()
-    teachers: dict[str, TeacherConfig] = Field(min_length=1)
-    generate: GenerateConfig = GenerateConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
     _base_dir: Path = PrivateAttr(default_factory=Path)
-
-    @model_validator(mode="after")
-    def _names_fit(self) -> "StudyConfig":
-        for teacher_id in self.teachers:
-            if teacher_id == "base" or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", teacher_id):
-                raise ValueError(f"teacher {teacher_id!r} cannot be a folder name (or is 'base', the untrained student)")
-        names = [s.name for s in self.eval_sets]
-        if len(set(names)) < len(names):
-            raise ValueError(f"eval_sets need different names: got {names}")
-        return self
-
-    def teacher(
-        self,
-        teacher_id: str,  # key of the `teachers` table
-    ) -> TeacherConfig:  # its settings
-        "Settings of one teacher; raises `InputError` with the nearest known name"
-        if teacher_id not in self.teachers:
-            raise InputError(f"unknown teacher {teacher_id!r} in study {self.name!r}{_nearest(teacher_id, self.teachers)}; known: {', '.join(self.teachers)}")
-        return self.teachers[teacher_id]
 
     def path(
         self,
@@ -189,6 +160,69 @@ class StudyConfig(Part):
     ) -> str:  # paths resolved, names as they are
         "What `load_problems` and `load_student` should open"
         return str(self.path(text)) if is_path(text) else text
+
+# %% ../nbs/lib/config.ipynb #6aa12fc0
+class Variant(NamedTuple):
+    "One trained student"
+
+    teacher: str  # whose texts it learns from
+    seed: int  # of its training
+
+
+class StudyConfig(RootedPart):
+    "One study, complete"
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # becomes a folder name
+    description: str = ""
+    seed: int = 0
+    repeats: int = Field(1, ge=1)  # students a teacher, with the seeds `seed`, `seed + 1`, …
+    problems: ProblemsConfig
+    eval_sets: list[EvalSetConfig] = Field(min_length=1)
+    student: StudentConfig = StudentConfig()
+    teachers: dict[str, TeacherConfig] = Field(min_length=1)
+    generate: GenerateConfig = GenerateConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "StudyConfig":
+        for teacher_id in self.teachers:
+            if teacher_id == "base" or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", teacher_id):
+                raise ValueError(f"teacher {teacher_id!r} cannot be a folder name (or is 'base', the untrained student)")
+        names = [s.name for s in self.eval_sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"eval_sets need different names: got {names}")
+        if twice := self.teachers.keys() & {f"{v.teacher}.seed{v.seed}" for v in self.variants().values() if v.seed != self.seed}:
+            raise ValueError(f"teacher {min(twice)!r} is also the name of another teacher's repeat; rename it")
+        return self
+
+    def teacher(
+        self,
+        teacher_id: str,  # key of the `teachers` table
+    ) -> TeacherConfig:  # its settings
+        "Settings of one teacher; raises `InputError` with the nearest known name"
+        if teacher_id not in self.teachers:
+            raise InputError(f"unknown teacher {teacher_id!r} in study {self.name!r}{_nearest(teacher_id, self.teachers)}; known: {', '.join(self.teachers)}")
+        return self.teachers[teacher_id]
+
+    def variants(
+        self,
+        teacher_ids: Iterable[str] | None = None,  # None is all
+    ) -> dict[str, Variant]:  # by name, the first of every teacher first
+        "The students that the study trains; `base` is not among them"
+        ids = list(self.teachers if teacher_ids is None else teacher_ids)
+        return {t if k == 0 else f"{t}.seed{self.seed + k}": Variant(t, self.seed + k) for k in range(self.repeats) for t in ids}
+
+    def variant(
+        self,
+        name: str,  # a teacher's id, or a repeat such as `human.seed1`
+    ) -> Variant:  # its teacher and seed
+        "One trained student; raises `InputError` with the nearest known name"
+        known = self.variants()
+        if name not in known:
+            self.teacher(name.rpartition(".seed")[0] or name)
+            raise InputError(f"study {self.name!r} has no student {name!r}{_nearest(name, known)}; repeats = {self.repeats} gives: {', '.join(known)}")
+        return known[name]
 
 # %% ../nbs/lib/config.ipynb #64eb4c18
 FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".gguf", ".sqlite")

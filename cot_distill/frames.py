@@ -22,7 +22,7 @@ from .stats import holm, two_proportion_p, wilson
 # %% ../nbs/lib/frames.ipynb #a909d617
 RESULT_COLUMNS = (
     "run study problem_set is_headline variant n n_correct accuracy low high n_truncated n_no_answer "
-    "delta delta_low delta_high p p_holm is_paired final_train_loss train_wall_s eval_wall_s teacher_cost_usd accuracy_by_rule"
+    "delta delta_low delta_high p p_holm is_paired over_seeds final_train_loss train_wall_s eval_wall_s teacher_cost_usd accuracy_by_rule"
 ).split()
 
 
@@ -102,15 +102,30 @@ def _results(run: RunFolder) -> pd.DataFrame:
     data = read_json(run.results_json) if run.results_json.exists() else {"variants": [], "n": 0}
     blocks = [data, *data.get("other_problem_sets", [])]
     rows = [
-        {"study": data.get("study"), "problem_set": block.get("problem_set"), "is_headline": block is data} | row for block in blocks for row in result_rows(block)
+        {"study": data.get("study"), "problem_set": block.get("problem_set"), "is_headline": block is data} | row
+        for block in blocks
+        for row in result_rows(block)
+        if not _is_repeat(run, row["variant"])
     ]
     return pd.DataFrame(rows, columns=RESULT_COLUMNS).drop(columns="run")
 
 
+def _listed(run: RunFolder) -> list[str]:
+    "Base, then the teachers as the study lists them"
+    return ["base", *tomllib.loads(run.config_file.read_text(encoding="utf-8")).get("teachers", {})] if run.config_file.exists() else ["base"]
+
+
+def _is_repeat(run: RunFolder, variant: str) -> bool:
+    "Whether a student differs from another one in nothing but the seed, as `human.seed1` does from `human`"
+    listed = _listed(run)
+    return variant not in listed and variant.rpartition(".seed")[0] in listed
+
+
 def _in_order(run: RunFolder, found: Iterable[Path]) -> list[Path]:
-    "Folders of variants: base, then the teachers as the study lists them, then strangers"
-    listed = ["base", *tomllib.loads(run.config_file.read_text(encoding="utf-8")).get("teachers", {})] if run.config_file.exists() else ["base"]
-    return sorted(found, key=lambda path: (listed.index(path.name) if path.name in listed else len(listed), path.name))
+    "Folders of variants without the repeats: base, then the teachers as the study lists them, then strangers"
+    listed = _listed(run)
+    chosen = [path for path in found if not _is_repeat(run, path.name)]
+    return sorted(chosen, key=lambda path: (listed.index(path.name) if path.name in listed else len(listed), path.name))
 
 
 def _evals(run: RunFolder) -> pd.DataFrame:

@@ -78,8 +78,8 @@ def plan_jobs(
         study.teacher(teacher_id)
     jobs = [Job("teachers", None, "light", settings=fingerprint(study.model_dump(include={"teachers", "problems"})))]
     jobs += [_generate_job(study, run, t) for t in ids] + [_eval_job(study, run, "base")]
-    for teacher_id in ids:
-        jobs += [_train_job(study, run, teacher_id), _eval_job(study, run, teacher_id)]
+    for variant in study.variants(ids):
+        jobs += [_train_job(study, run, variant), _eval_job(study, run, variant)]
     evals = tuple(j for j in jobs if j.stage == "eval")
     read = tuple(path for j in evals for path in j.outputs) + (run.results_json,)
     jobs.append(Job("analyze", None, "light", after=tuple(j.name for j in evals), inputs=read))
@@ -104,12 +104,13 @@ def _generate_job(study: StudyConfig, run: RunFolder, teacher_id: str) -> Job:
     return Job("generate", teacher_id, lane, outputs=(run.rationales(teacher_id),), settings=fingerprint(used))
 
 
-def _train_job(study: StudyConfig, run: RunFolder, teacher_id: str) -> Job:
+def _train_job(study: StudyConfig, run: RunFolder, variant: str) -> Job:
     "Rationales to adapter"
-    used = [study.train.model_dump(), study.student.model_dump(), study.seed]
+    teacher_id, seed = study.variant(variant)
+    used = [study.train.model_dump(), study.student.model_dump(), seed]
     return Job(
-        "train", teacher_id, "compute", needs=(f"generate {teacher_id}",), inputs=(run.rationales(teacher_id),),
-        outputs=(run.adapter(teacher_id), run.training_log(teacher_id)), settings=fingerprint(used),
+        "train", variant, "compute", needs=(f"generate {teacher_id}",), inputs=(run.rationales(teacher_id),),
+        outputs=(run.adapter(variant), run.training_log(variant)), settings=fingerprint(used),
     )  # fmt: skip
 
 

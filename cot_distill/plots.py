@@ -6,6 +6,7 @@
 __all__ = ['OKABE_ITO', 'BASE_COLOR', 'KNOWN_COLORS', 'teacher_color']
 
 # %% ../nbs/lib/plots.ipynb #d854fe5d
+import re
 import zlib
 
 # %% ../nbs/lib/plots.ipynb #e9891b7a
@@ -33,8 +34,8 @@ KNOWN_COLORS = {
 
 
 def teacher_color(
-    variant: str,  # `base` or a teacher's id
+    variant: str,  # `base`, a teacher's id, or a repeat such as `human.seed1`
 ) -> str:  # hex colour such as "#E69F00"
     "The colour of a variant in every figure; a teacher of your own gets a stable one from the palette"
-    palette = list(OKABE_ITO.values())
-    return KNOWN_COLORS.get(variant) or palette[zlib.crc32(variant.encode()) % len(palette)]
+    palette, teacher = list(OKABE_ITO.values()), re.sub(r"\.seed-?\d+$", "", variant)
+    return KNOWN_COLORS.get(teacher) or palette[zlib.crc32(teacher.encode()) % len(palette)]

@@ -89,20 +89,21 @@ def card_text(
 ) -> str:  # Markdown with the hub's front matter
     "The model card of an adapter"
     cfg, student = study.train, study.student
-    license_ = study.teacher(variant).license
+    teacher_id, seed = study.variant(variant)
+    source = study.teacher(teacher_id)
     rows = {
         "student": f"{student.model}{f' at {student.revision}' if student.revision else ''}, {student.quantization if student.quantization != 'none' else student.dtype}",
-        "teacher": f"{variant} ({study.teacher(variant).model or study.teacher(variant).provider})", "licence or terms of its texts": license_,
+        "teacher": f"{teacher_id} ({source.model or source.provider})", "licence or terms of its texts": source.license,
         "problems": f"{study.problems.source}, split {study.problems.split}", "examples": f"{log['n_examples']} ({log['n_tokens']:,} tokens, {log['n_target_tokens']:,} with a loss)",
         "data fingerprint": log["data_fingerprint"], "adapter": f"LoRA r = {cfg.lora_r}, alpha = {cfg.lora_alpha:g}, dropout {cfg.lora_dropout:g}, all linear layers",
         "trained": f"{log['trainable_parameters']:,} of {log['total_parameters']:,} parameters ({log['trainable_parameters'] / log['total_parameters']:.2%})",
-        "recipe": f"AdamW, peak learning rate {cfg.learning_rate:g}, cosine, {cfg.warmup_frac:.0%} warm-up, {cfg.batch_size} x {cfg.gradient_accumulation} examples a step, {cfg.epochs:g} epochs, seed {study.seed}",
+        "recipe": f"AdamW, peak learning rate {cfg.learning_rate:g}, cosine, {cfg.warmup_frac:.0%} warm-up, {cfg.batch_size} x {cfg.gradient_accumulation} examples a step, {cfg.epochs:g} epochs, seed {seed}",
         "loss": f"{log['steps'][0]['loss']:.3f} in the first step, {log['final_train_loss']:.3f} at the end (nats a completion token)",
     }  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     front = f"---\nbase_model: {student.model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, math, distillation]\n---\n"
     note = "Trained to explain word problems the way its teacher does. A low loss says that the texts were learned, not that answers are right: see the evaluation of the same run."
-    return f"{front}\n# {student.model}, taught by {variant}\n\n{note}\n\n| | |\n|---|---|\n{table}\n"
+    return f"{front}\n# {student.model}, taught by {teacher_id}\n\n{note}\n\n| | |\n|---|---|\n{table}\n"
 
 # %% ../nbs/02_train.ipynb #f6d44577
 def write_adapter(
@@ -160,11 +161,12 @@ class PeakMemory:
 def train_inputs(
     study: StudyConfig,
     examples: Sequence[Example],
+    seed: int,  # of the training
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the adapter"
     recipe = study.train.model_dump(exclude={"checkpoint_every", "checkpoints_kept", "merge"})
     student = study.student.model_dump(exclude={"device", "revision"}) | {"model": student_identity(student_of(study))}
-    return {"data": data_fingerprint(examples), "train": recipe, "student": student, "seed": study.seed}
+    return {"data": data_fingerprint(examples), "train": recipe, "student": student, "seed": seed}
 
 # %% ../nbs/02_train.ipynb #ef5fa869
 def data_fingerprint(
@@ -178,9 +180,10 @@ def _train(study: StudyConfig, variant: str, run: RunFolder, examples: list[Exam
     "Train one student; returns it with the log of its steps"
     peak = PeakMemory(device_of(study.student))
     model, tokenizer = load_student(student_of(study))
-    model = add_lora(model, study.train, study.seed)
+    seed = study.variant(variant).seed
+    model = add_lora(model, study.train, seed)
     _check_counts(model, sizes)
-    trainer = make_trainer(model, examples, args, study.train, study.seed, tokenizer.pad_token_id)
+    trainer = make_trainer(model, examples, args, study.train, seed, tokenizer.pad_token_id)
     mean_nll = surprise(model, examples, trainer.make_batch)
     checkpoint, skipped = last_good(args.output_dir)
     for word in skipped:
@@ -230,26 +233,26 @@ def _steps(trainer: LoraTrainer) -> dict[str, Any]:
 # %% ../nbs/02_train.ipynb #7e71a321
 def run_train(
     study: StudyConfig,
-    variant: str,  # the teacher's id
+    variant: str,  # the teacher's id, or a repeat such as `human.seed1`
     run: RunFolder,
 ) -> dict[str, Any]:  # training_log.json
     "Train the student on one teacher's rationales, or say that this is done"
-    study.teacher(variant)
+    teacher_id, seed = study.variant(variant)
     student, cfg, folder = student_of(study), study.train, run.student_dir(variant)
     device_of(student)
-    table, tokenizer = read_parquet(run.rationales(variant)), load_tokenizer(student)
+    table, tokenizer = read_parquet(run.rationales(teacher_id)), load_tokenizer(student)
     examples, counts = read_examples(table, tokenizer, student, cfg)
     if not examples:
-        raise InputError(f"teacher {variant!r} left nothing to train on: {counts['n_kept']} of {counts['n_rows']} rationales kept, {counts['n_too_long']} of them longer than train.max_length = {cfg.max_length} tokens")
-    args = training_arguments(student, cfg, study.seed, len(training_order(examples, cfg, study.seed)), folder)
+        raise InputError(f"teacher {teacher_id!r} left nothing to train on: {counts['n_kept']} of {counts['n_rows']} rationales kept, {counts['n_too_long']} of them longer than train.max_length = {cfg.max_length} tokens")
+    args = training_arguments(student, cfg, seed, len(training_order(examples, cfg, seed)), folder)
     with _alone(folder, args):
         with args.main_process_first():
-            state = begin_stage(folder, "train", train_inputs(study, examples))
+            state = begin_stage(folder, "train", train_inputs(study, examples, seed))
             if state == "done" and (log := _finished(run, variant)):
                 print(f"{variant}: already trained on {log['n_examples']} rationales", file=sys.stderr)
                 return log
         sizes = _sizes(student, cfg)
-        plan = plan_training(examples, student, cfg, study.seed, sizes)
+        plan = plan_training(examples, student, cfg, seed, sizes)
         check_machine(plan, student, cfg, folder)
         print(_announce(variant, counts, plan, student), file=sys.stderr)
         model, facts = _train(study, variant, run, examples, args, sizes)
@@ -289,11 +292,12 @@ def _announce(variant: str, counts: Mapping[str, Any], plan: Plan, student: Stud
 # %% ../nbs/02_train.ipynb #851c1c7a
 def _log(study: StudyConfig, variant: str, examples: list[Example], counts: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     "The part of the log that is known before training"
+    teacher_id, seed = study.variant(variant)
     return {
-        "variant": variant, "teacher": variant, **counts, "data_fingerprint": data_fingerprint(examples),
+        "variant": variant, "teacher": teacher_id, **counts, "data_fingerprint": data_fingerprint(examples),
         "trainable_parameters": plan.trainable_parameters, "total_parameters": plan.total_parameters,
         "trainable_frac": plan.trainable_parameters / plan.total_parameters, "estimated_memory_gb": plan.memory_gb,
-        "config": {"seed": study.seed, "student": study.student.model_dump(), "train": study.train.model_dump()},
+        "config": {"seed": seed, "student": study.student.model_dump(), "train": study.train.model_dump()},
     }  # fmt: skip
 
 
@@ -324,7 +328,7 @@ def merge_student(
 ) -> dict[str, Any]:  # how far the merged student is from the trained one
     "Fold an adapter into the unquantised base, in the student's data type; written to `students/<variant>/merged`"
     student, folder = student_of(study), run.student_dir(variant) / "merged"
-    examples, _ = read_examples(read_parquet(run.rationales(variant)), load_tokenizer(student), student, study.train)
+    examples, _ = read_examples(read_parquet(run.rationales(study.variant(variant).teacher)), load_tokenizer(student), student, study.train)
     trained = load_adapter(load_student(student)[0], run.adapter(variant), variant)
     expected = _logits(trained, examples[:8])
     del trained

@@ -18,20 +18,21 @@ from peft import LoraConfig, get_peft_model
 from tiny_student import make_student, make_study
 
 from cot_distill import eval as evaluation
-from cot_distill.config import EvalConfig, StudentConfig, StudyConfig
+from cot_distill.analysis import results_table
+from cot_distill.config import EvalConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.decoding import Completion, open_engine
 from cot_distill.errors import InputError
 from cot_distill.eval import (
     Parts,
     eval_tasks,
     run_eval,
-    spread_over_runs,
     task_prompts,
     write_results,
 )
+from cot_distill.frames import load_runs
 from cot_distill.grading import final_answer
 from cot_distill.runs import RunFolder, read_json, read_parquet, stage_state
-from cot_distill.stats import holm, paired_difference, wilson
+from cot_distill.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.students import load_student, load_tokenizer, student_of
 
 COLUMNS = [
@@ -421,21 +422,49 @@ def test_samples_can_be_rescored(folder: Path, run: RunFolder, scripted: Any) ->
         assert all(len(line[key]) == 64 for key in ("doc_hash", "prompt_hash", "target_hash"))
 
 
-def test_repeats_over_seeds(tmp_path: Path) -> None:
-    for i, accuracy in enumerate((0.4, 0.5)):
-        (tmp_path / str(i)).mkdir()
-        row = {"variant": "human", "accuracy": accuracy}
-        (tmp_path / str(i) / "results.json").write_text(
-            json.dumps({"study": "s", "problem_set": "p", "n": 9, "variants": [row]})
+def test_repeats_over_seeds(folder: Path, run: RunFolder, scripted: Any) -> None:
+    study = study_of(folder)
+    teachers = dict.fromkeys(("human", "x"), study.teachers["human"])
+    study = study.model_copy(update={"teachers": teachers, "seed": 5, "repeats": 3})
+    right = [f"#### {r}" for r in references(study)]
+    n_right = {
+        "human": 4, "x": 1, "human.seed6": 2, "x.seed6": 0, "human.seed7": 3, "x.seed7": 2,
+    }  # fmt: skip
+    assert list(study.variants()) == list(n_right)
+    for name in n_right:
+        give_adapter(run, study, name)
+    scripted(study, base=["no"], **{v: right[:k] + ["no"] * (4 - k) for v, k in n_right.items()})
+    for variant in ("base", *n_right):
+        run_eval(study, variant, run)
+    results = write_results(study, run)
+    rows = {row["variant"]: row for row in results["variants"]}
+    assert rows["base"]["teacher"] is None and rows["base"]["seed"] is None
+    assert (rows["x.seed7"]["teacher"], rows["x.seed7"]["seed"]) == ("x", 7)
+    spread = {v: row["over_seeds"] for v, row in rows.items() if "over_seeds" in row}
+    assert spread.keys() == {"human", "x"}
+    assert spread["human"] == seed_spread([4 / 4, 2 / 4, 3 / 4]) and spread["x"]["max"] == 2 / 4
+    for family in (("human", "x"), ("human.seed6", "x.seed6"), ("human.seed7", "x.seed7")):
+        compared = {v: rows[v]["vs_base"] for v in family}
+        assert {v: c["p_holm"] for v, c in compared.items()} == holm(
+            {v: c["p_mcnemar"] for v, c in compared.items()}
         )
-    assert spread_over_runs([tmp_path / "0", tmp_path / "1"]).loc["human", "mean"] == pytest.approx(
-        0.45
-    )
-    (tmp_path / "1" / "results.json").write_text(
-        json.dumps({"study": "t", "problem_set": "p", "n": 9, "variants": []})
-    )
-    with pytest.raises(InputError, match="not repeats of one study"):
-        spread_over_runs([tmp_path / "0", tmp_path / "1"])
+    write_toml(run, study)
+    read = load_runs([run.path])
+    assert list(read.results["variant"]) == ["base", "human", "x"] == list(dict.fromkeys(read.evals["variant"]))
+    table = results_table(read.results)
+    assert table.loc["human", "over seeds"] == "75.0 ± 25.0 % (3 seeds)"
+
+
+def write_toml(run: RunFolder, study: StudyConfig) -> None:
+    run.config_file.write_text(to_toml(study, run.path), encoding="utf-8")
+
+
+def test_a_repeat_that_there_is_not(folder: Path, run: RunFolder) -> None:
+    study = study_of(folder).model_copy(update={"repeats": 2})
+    with pytest.raises(InputError, match="no student 'human.seed2'.*gives: human, human.seed1"):
+        run_eval(study, "human.seed2", run)
+    with pytest.raises(InputError, match="unknown teacher 'humam'; did|unknown teacher 'humam' in"):
+        run_eval(study, "humam.seed1", run)
 
 
 @pytest.mark.slow

@@ -139,6 +139,14 @@ def test_exit_code_says_what_kind(study: Path, failures: dict, code: int) -> Non
     assert exit_code(pretend(study, Pretender(failures))) == code
 
 
+def test_repeats_share_texts_and_base(study: Path) -> None:
+    executor = Pretender({"train human.seed1": "OutOfMemoryError"})
+    batch = pretend(study, executor, overrides={"repeats": "2"}, stages=["generate", "train", "eval"])
+    assert executor.order.count("generate human") == executor.order.count("eval base") == 1
+    assert {name for name, state in batch.states.items() if state == "finished"} == {"generate human", "eval base", "train human", "eval human"}
+    assert batch.states["eval human.seed1"] == "skipped"
+
+
 def test_without_any_result_nothing_is_analysed(study: Path) -> None:
     batch = pretend(study, Pretender({"eval base": "InputError", "train human": "InputError"}))
     assert batch.states["analyze"] == "skipped"

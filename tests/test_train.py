@@ -491,3 +491,32 @@ def test_rationales_teach_and_shuffled_ones_do_not(tmp_path, shuffled):
     base, trained = _solved(None), _solved(run.adapter("human"))
     print(f"{base} of 100 untrained, {trained} of 100 trained; loss {losses_of(log)[0]:.2f} to {log['final_train_loss']:.2f}")
     assert trained <= base + 5 if shuffled else trained >= base + 20, (base, trained)
+
+    solved = {"base": _solved(None)}
+    for name in ("taught", "shuffled"):
+        recipe = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-3, "epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "checkpoint_every": 100}
+        study = make_study("smollm2-135m", 300, **recipe)
+        run = open_run(tmp_path / name, study)
+        table = write_rationales(run, 300)
+        if name == "shuffled":
+            table["completion"] = table["completion"].sample(frac=1, random_state=0).to_numpy()
+            table.to_parquet(run.rationales("human"))
+        run_train(study, "human", run)
+        solved[name] = _solved(run.adapter("human"))
+    assert solved["taught"] >= solved["base"] + 20, solved
+    assert solved["shuffled"] <= solved["base"] + 5, solved
+
+
+# repeats over seeds
+
+
+def test_a_repeat_is_the_same_study_with_another_seed(start):
+    study, run = start()
+    repeated = study.model_copy(update={"repeats": 2})
+    logs = [run_train(repeated, variant, run) for variant in repeated.variants()]
+    assert [(log["variant"], log["teacher"], log["config"]["seed"]) for log in logs] == [("human", "human", 0), ("human.seed1", "human", 1)]
+    assert logs[0]["data_fingerprint"] == logs[1]["data_fingerprint"] and losses_of(logs[0]) != losses_of(logs[1])
+    assert "taught by human\n" in (run.adapter("human.seed1") / "README.md").read_text()
+    other_study, other_run = start("other")
+    alone = run_train(other_study.model_copy(update={"seed": 1}), "human", other_run)
+    assert losses_of(alone) == losses_of(logs[1])
