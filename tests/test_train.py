@@ -492,20 +492,6 @@ def test_rationales_teach_and_shuffled_ones_do_not(tmp_path, shuffled):
     print(f"{base} of 100 untrained, {trained} of 100 trained; loss {losses_of(log)[0]:.2f} to {log['final_train_loss']:.2f}")
     assert trained <= base + 5 if shuffled else trained >= base + 20, (base, trained)
 
-    solved = {"base": _solved(None)}
-    for name in ("taught", "shuffled"):
-        recipe = {"lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-3, "epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "checkpoint_every": 100}
-        study = make_study("smollm2-135m", 300, **recipe)
-        run = open_run(tmp_path / name, study)
-        table = write_rationales(run, 300)
-        if name == "shuffled":
-            table["completion"] = table["completion"].sample(frac=1, random_state=0).to_numpy()
-            table.to_parquet(run.rationales("human"))
-        run_train(study, "human", run)
-        solved[name] = _solved(run.adapter("human"))
-    assert solved["taught"] >= solved["base"] + 20, solved
-    assert solved["shuffled"] <= solved["base"] + 5, solved
-
 
 # repeats over seeds
 
