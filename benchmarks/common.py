@@ -111,3 +111,23 @@ def load(
 ) -> dict[str, Any]:
     "A result file"
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def shown(
+    name: str,  # of the benchmark
+    folder: Path = RESULTS,
+) -> str:
+    "The last result as Markdown, what was not reached first; or that there is none"
+    if not (folder / f"{name}.json").exists():
+        return f"*Not run yet: `python benchmarks/{name}.py` makes this table.*"
+    data = load(name, folder)
+    return f"{verdict(data['goals'])}\n\n{markdown(data)}".strip()
+
+
+def verdict(
+    goals: list[Mapping[str, Any]],
+) -> str:
+    "How many goals were reached, and by how much the others were missed"
+    missed = [f"{g['goal']}: wanted {_shown(g['wanted'])}, measured {_shown(g['measured'])}" for g in goals if not g["reached"]]
+    told = f" **Not reached:** {'; '.join(missed)}." if missed else ""
+    return f"{len(goals) - len(missed)} of {len(goals)} goals reached.{told}" if goals else ""

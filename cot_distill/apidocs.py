@@ -118,11 +118,11 @@ def entry_markdown(
 
 
 def _code(text: str) -> str:
-    "Text as code inside a table cell; the parts of a union are set one by one, as no table knows a pipe in code"
+    "Text as code inside a table cell; pandoc's tables know that a pipe in code divides no cells"
     text = " ".join(text.split())
     text = text if len(text) <= 90 else text[:87] + "..."
     fence = "``" if "`" in text else "`"
-    return " \\| ".join(f"{fence}{part.strip()}{fence}" for part in text.split("|") if part.strip()) if text else ""
+    return f"{fence}{text}{fence}" if text else ""
 
 
 def _prose(text: str) -> str:

@@ -50,9 +50,9 @@ def safe_html(
     return re.sub(r'style="[^"]*\burl\b[^"]*"', "", cleaned, flags=re.IGNORECASE)
 
 # %% ../nbs/lib/safety.ipynb #aca5fe12
-HOME_PATHS = re.compile(r"(?<![\w.:/-])/(?:home|Users)/(?!(?:runner|user|you|me|ada)\b|\.\.\.)[A-Za-z0-9._-]+|(?<![\w.:/-])/roo[t]\b|[A-Z]:\\+Users\\+(?!ada\b)\w+")
+HOME_PATHS = re.compile(r"(?:(?<![\w.:/-])|(?<=file://))(?:/(?:home|Users)/(?!(?:runner|user|you|me|ada)\b|\.\.\.)[A-Za-z0-9._-]+|/roo[t]\b)|[A-Z]:\\+Users\\+(?!ada\b)\w+")
 HOSTS = re.compile(r"\b(?:10\.\d{1,3}|192\.168|172\.(?:1[6-9]|2\d|3[01]))\.\d{1,3}\.\d{1,3}\b|\b(?!(?:self|cls|threading)\b)[a-z0-9-]+\.(?:internal|local|lan|corp)\b(?![/(\w])")
-OTHER_KEYS = re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[A-Za-z0-9-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY-----)")
+OTHER_KEYS = re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|xox[abp]-[A-Za-z0-9-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 EXAMPLES = re.compile(r"lesson|example|dummy|0123456789|abcdefghij", re.IGNORECASE)
 
@@ -73,7 +73,11 @@ def scan_text(
 ) -> Iterator[Finding]:
     "Everything in a text that must not be published, in reading order"
     secrets = _secrets()
-    patterns = {"key": (KEY_SHAPES, OTHER_KEYS), "home folder": (HOME_PATHS,), "host name": (HOSTS, *_own_host())}
+    patterns = {
+        "key": (KEY_SHAPES, OTHER_KEYS),
+        "home folder": (HOME_PATHS, *_own(str(Path.home()))),
+        "host name": (HOSTS, *_own(socket.gethostname())),
+    }
     for number, line in enumerate(text.splitlines(), start=1):
         for kind, expressions in patterns.items():
             for match in (m for expression in expressions for m in expression.finditer(line) if not EXAMPLES.search(m.group())):
@@ -88,10 +92,9 @@ def _beginning(text: str, width: int) -> str:
     return text if len(text) <= width else text[:width] + "…"
 
 
-def _own_host() -> list[re.Pattern]:
-    "This machine's name, where it is one that could be told from a word"
-    name = socket.gethostname()
-    return [re.compile(rf"\b{re.escape(name)}\b")] if len(name) > 5 and name != "localhost" else []
+def _own(name: str) -> tuple[re.Pattern, ...]:
+    "This machine's name or home folder, where it could be told from a word"
+    return (re.compile(rf"(?<!\w){re.escape(name)}\b"),) if len(name) > 5 and name != "localhost" else ()
 
 
 def _secrets() -> dict[str, str]:
