@@ -27,9 +27,7 @@ from pydantic import Field, ValidationError
 from .config import EvalSetConfig, Part, StudyConfig, difference, is_path, load_study, parse_study
 from .errors import CotDistillError, InputError, Interrupted
 from .problems import eval_problems, study_problems
-from cot_distill.runs import (
-    RunFolder, atomic_path, begin_stage, finish_stage, fingerprint, locked, open_run, project_root, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet,
-)  # fmt: skip
+from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -233,6 +231,7 @@ def work_on(
         scores[eval_set.name] = {"n": counts["n"], "n_correct": counts["n_correct"]}
     facts = {"scores": scores, "wall_s": round(time.monotonic() - started, 1)}
     finish_stage(run.eval_dir(variant), "row", **facts)
+    shutil.rmtree(run.student_dir(variant) / "checkpoints", ignore_errors=True)
     write_results(study, run)
     return facts
 
@@ -434,19 +433,19 @@ def _merge_folder(source: Path, out: Path) -> list[str]:
     "Take over the finished rows of one folder"
     from cot_distill.eval import write_results
 
-    taken = []
+    finished = [m for m in sorted(source.glob("*/evals/*/row.stage.json")) if read_json(m)["state"] == "finished"]
+    found = [(RunFolder(m.parents[2]), m.parent.name) for m in finished]
+    wanted = [(there, variant) for there, variant in found if _is_wanted(RunFolder(out / there.path.name), there, variant)]
+    for there, variant in wanted:
+        here = RunFolder(out / there.path.name)
+        if not here.config_file.exists():
+            here.path.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(there.config_file, here.config_file)
+        _copy_row(there, here, variant)
     for recording in source.glob("*.jsonl"):
         if not (out / recording.name).exists():
             shutil.copy2(recording, out / recording.name)
-    for marker in sorted(source.glob("*/evals/*/row.stage.json")):
-        there, variant = RunFolder(marker.parents[2]), marker.parent.name
-        here = RunFolder(out / there.path.name)
-        if read_json(marker)["state"] == "finished" and _is_wanted(here, there, variant):
-            if not here.config_file.exists():
-                here.path.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(there.config_file, here.config_file)
-            _copy_row(there, here, variant)
-            taken.append(f"{here.path.name}/{variant}")
+    taken = [f"{there.path.name}/{variant}" for there, variant in wanted]
     for name in dict.fromkeys(row.partition("/")[0] for row in taken):
         study = load_study(out / name / "config.toml")
         if any((out / name).glob(f"evals/*/{study.eval_sets[0].name}.parquet")):
@@ -473,13 +472,12 @@ def rows_table(
     "Every row of a series: what came out, or how long it should take"
     import pandas as pd
 
-    from cot_distill.frames import load_runs
+    from cot_distill.frames import result_rows
 
-    out, shared, lines = Path(out), False, []
+    out, shared, lines, main = Path(out), False, [], {}
     failures = read_json(out / "failures.json") if (out / "failures.json").exists() else {}
-    folders = [p for name in dict.fromkeys(row.study for row in rows_of(series)) if (p := out / name / "results.json").exists()]
-    scored = load_runs([p.parent for p in folders]).results if folders else pd.DataFrame(columns=["run", "variant", "is_headline"])
-    main = scored[scored["is_headline"].astype(bool)].set_index(["run", "variant"]).to_dict("index")
+    for path in out.glob("*/results.json"):
+        main |= {(path.parent.name, row["variant"]): row for row in result_rows(read_json(path))}
     for row in rows_of(series):
         found = main.get((row.study, row.variant))
         seconds = estimate_s(series, row, shared and row.study != "self-samples")

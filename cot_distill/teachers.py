@@ -91,8 +91,7 @@ def read_recording(
     path: Path,  # `.jsonl`, `.parquet` or a ledger `.sqlite`
 ) -> list[dict[str, Any]]:  # rows with question or problem_id, completion, model, ...
     "Rows of a recording; raises `InputError` when it cannot be read"
-    if not path.is_file():
-        raise InputError(f"no recording at {path}; set the teacher's path to a ledger, parquet or JSONL file of earlier answers")
+    _existing(path)
     try:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -106,6 +105,13 @@ def read_recording(
     except (ValueError, OSError) as err:
         raise err if isinstance(err, InputError) else InputError(f"{path} is not a readable recording: {str(err)[:200]}") from None
     raise InputError(f"{path}: a recording ends in .jsonl, .parquet or .sqlite")
+
+
+def _existing(path: Path) -> Path:
+    "The same path; raises `InputError` when no file is there"
+    if not path.is_file():
+        raise InputError(f"no recording at {path}; set the teacher's path to a ledger, parquet or JSONL file of earlier answers")
+    return path
 
 # %% ../nbs/00_teachers.ipynb #2a0f1ed6
 def _ledger_rows(path: Path) -> list[dict[str, Any]]:
@@ -347,7 +353,7 @@ def recording_path(
         import cot_distill
 
         return Path(cot_distill.__file__).parent / "recorded" / cfg.path.removeprefix("package:")
-    return study.path(cfg.path)
+    return _existing(study.path(cfg.path))
 
 
 def open_teacher(
