@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAND_INS', 'LATEX_COMMANDS', 'NUMBER', 'LONGEST', 'plain_characters', 'plain_latex', 'undress', 'exact_number',
-           'number_text', 'read_number', 'read_plain', 'read_answer', 'same_answer', 'same_number']
+           'number_text', 'read_number', 'outside_brackets', 'read_plain', 'read_answer', 'same_answer', 'same_number']
 
 # %% ../nbs/lib/quantities.ipynb #d21bc61d
 import html
@@ -21,6 +21,7 @@ STAND_INS = {
     **dict.fromkeys("’‘ʼ′", "'"),
     **dict.fromkeys("“”„″", '"'),
     **dict.fromkeys("،、", ","),
+    **dict.fromkeys("\ufe0f\u20e3", ""),  # of keycap digits
     **{"∶": ":", "。": ".", "٫": ".", "٬": ",", "〜": "~", "〰": "~", "＄": "¤"},
 }
 _BY_CATEGORY = {"Pd": "-", "Zs": " ", "Cf": "", "Sc": "¤"}  # dashes, spaces, invisible, currencies
@@ -104,6 +105,7 @@ _MONEY_CODE = re.compile(
     r"\b(?:USD|EUR|GBP|INR|CAD|AUD|JPY|CNY|RMB|Rs)\b\.?|\b(?:USD|EUR|GBP|INR|Rs\.?)(?=\d)"
     r"|\b(?:US|CA|AU|NZ|HK|A|C|S|R)(?=¤)"
 )
+_ARROW = re.compile(r"[-=]+>")
 _BARE_LINE = re.compile(r"[ \t\r0-9.,:%]*")
 _MARKS = re.compile(r"[*_`~{}]")
 _MAYBE_SPOKEN = re.compile(r"\sand\s|\.\s?m\b", re.I)
@@ -133,6 +135,8 @@ def undress(
     if _MARKS.search(text):
         text = _EMPHASIS.sub("", text).replace("{", "").replace("}", "").replace("~", " ")
     text = _MONEY_CODE.sub("¤", text)
+    if ">" in text:
+        text = _ARROW.sub("=", text)
     if _MAYBE_SPOKEN.search(text):
         for spoken, plain in _SPOKEN:
             text = spoken.sub(plain, text)
@@ -164,7 +168,7 @@ NUMBER = re.compile(
     rf"""(?<![A-Za-z\d.√^‾])(?<![A-Za-z\d]-)(?<!\d/)
     (?P<sign>(?:-|\b(?:negative|minus)\s)?[\s¤]*[-+]?\s?¤?\s?)
     (?:(?P<clock>\d+(?::\d+)+)(?:\s?(?P<half>[ap])m\b)?
-      |(?P<european>[1-9]\d{{0,2}}(?:(?:\.\d{{3}})+,\d\d?|(?:\.\d{{3}}){{2,}}))(?![\d.,]*\d)
+      |(?P<european>[1-9]\d{{0,2}}(?:(?:[. ]\d{{3}})+,\d\d?|(?:\.\d{{3}}){{2,}}))(?![\d.,]*\d)
       |(?P<odd>\d+(?:\.\d+){{2,}}|\d+(?:/\d+){{2,}}|\d+(?:-\d+){{2,}})
       |(?P<whole>\d+)\s+(?:and\s)?(?P<part>\d+)\s?/\s?(?P<parts>\d+)(?![/.]?\d)
       |(?P<top>{_DECIMAL})\s?/\s?(?P<bottom>-?\s?¤?{_DECIMAL})(?!\s?/\s?\d)
@@ -214,7 +218,7 @@ def _rational(found: re.Match) -> Fraction | None:
     if found["cycle"]:
         return _repeating(found["head"], found["cycle"])
     if found["european"]:
-        return Fraction(found["european"].replace(".", "").replace(",", "."))
+        return Fraction(re.sub("[. ]", "", found["european"]).replace(",", "."))
     return None if found["odd"] else _decimal(found)
 
 
@@ -311,6 +315,7 @@ def read_number(
 
 # %% ../nbs/lib/quantities.ipynb #e75a0fc2
 _BRACKETS = re.compile(r"\([^()]*\)")
+_DIGIT = re.compile(r"\d")
 _CLAUSE_END = re.compile(
     r"\n|[;?]|!(?!\d)|\.(?![\d‾])|,(?=\s*(?!and\b|or\b)[A-Za-z])"
     r"|\s(?:because|since|where|which|while|so|as|given|i\.e)\b",
@@ -318,13 +323,18 @@ _CLAUSE_END = re.compile(
 )
 
 
-def _outside_brackets(plain: str) -> str:
+def outside_brackets(
+    plain: str,  # undressed text
+) -> str:  # no brackets left in it
     "`plain` without what stands in brackets, unless all its digits do"
-    outside = re.sub(r"(?<=\d)\((?=[-\d])", "×(", plain)
-    for _ in range(3):
-        outside = _BRACKETS.sub(" ", outside)
-    if not re.search(r"\d", outside):
-        outside = plain.replace("(", " ").replace(")", " ")
+    outside = plain
+    if "(" in plain:
+        outside = re.sub(r"\.\((\d{1,9})\)", r".‾\1", outside)
+        outside = re.sub(r"(?<=\d)\((?=[-\d])", "×(", outside)
+        for _ in range(3):
+            outside = _BRACKETS.sub(" ", outside)
+        if not _DIGIT.search(outside):
+            outside = plain.replace("(", " ").replace(")", " ")
     return outside.replace("[", " ").replace("]", " ")
 
 # %% ../nbs/lib/quantities.ipynb #70891f6c
@@ -334,8 +344,8 @@ def read_plain(
     "The answer that a short piece of undressed text states"
     if plain.isascii() and plain.isdigit() and len(plain) < 20:
         return str(int(plain))
-    plain = _outside_brackets(plain)
-    if not (digit := re.search(r"\d", plain)):
+    plain = outside_brackets(plain)
+    if not (digit := _DIGIT.search(plain)):
         return None
     end = _CLAUSE_END.search(plain, digit.start())
     sides = plain[: end.start() if end else None].split("=")

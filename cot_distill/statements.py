@@ -10,9 +10,18 @@ __all__ = ['WINDOW', 'boxes', 'conclude', 'answer_ahead', 'answer_at', 'hashes_a
 import re
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import islice
 
-from .quantities import NUMBER, read_answer, read_number, read_plain, undress
+from cot_distill.quantities import (
+    NUMBER,
+    exact_number,
+    outside_brackets,
+    read_answer,
+    read_number,
+    read_plain,
+    undress,
+)
 
 # %% ../nbs/lib/statements.ipynb #29de23b1
 WINDOW = 1000  # characters of a statement that are read; no sane answer is longer
@@ -41,11 +50,12 @@ def boxes(
         stop = start
 
 # %% ../nbs/lib/statements.ipynb #05f8b63e
+_DIGIT = re.compile(r"\d")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')*\]]*\s+(?=[A-Z\"'(\[*\\$¤\d-])")
 _ASIDE = re.compile(
     r"\b(?:in|(?<!total )of|or|for|by|per|within|after|before|from|over|than|every|each|on|at|all|into"
-    r"|between|until|if|when|during|to [a-z]+)\s(?:(?!is |are |was |has |have )[a-z]{1,9}\s){0,2}?"
-    r"[\s¤]*\Z",
+    r"|between(?: [¤\d][\d.,]*(?: [a-z]{1,15})? and)?|until|if|when|during|to [a-z]+)"
+    r"\s(?:(?!is |are |was |has |have )[a-z]{1,9}\s){0,2}?[\s¤]*\Z",
     re.I,
 )
 _IN_SUM = re.compile(r"\d,\Z|[\w)%]\s?[-+×÷*/]\s?[¤(]*\Z|\b(?:plus|minus|times)\s[¤]*\Z", re.I)
@@ -62,6 +72,7 @@ def _conclusion(plain: str) -> str | None:
         return read_plain(plain.rsplit("=", 1)[1]) or read_plain(plain)
     if NUMBER.match(plain) and ", " in (listed := read_number(plain) or ""):
         return listed
+    plain = outside_brackets(plain)
     found = [
         item for item in NUMBER.finditer(plain) if not _IN_SUM.search(plain, 0, item.end("sign"))
     ]
@@ -78,7 +89,7 @@ def conclude(
         line = line[-WINDOW:].lstrip("0123456789.,")
     for sentence in reversed(_SENTENCE.split(line)):
         plain = undress(sentence)
-        if re.search(r"\d", plain):
+        if _DIGIT.search(plain):
             return _conclusion(plain)
     return None
 
@@ -88,11 +99,30 @@ _ONES = (_ONES + " fifteen sixteen seventeen eighteen nineteen").split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _SPELLED = {word: value for value, word in enumerate(_ONES)}
 _SPELLED |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
+_SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
+_SMALL = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(reversed(_ONES))})"
+_HUNDREDS = rf"(?:(?:{_SMALL}|an?) hundred(?:(?: and)? {_SMALL})?|{_SMALL})"
 _WORD = re.compile(
-    rf"[^A-Za-z]*({'|'.join(_SPELLED)})(?:-({'|'.join(_ONES[1:10])}))?(?:[^A-Za-z]*\Z|[^A-Za-z\s-]"
-    r"|\s(?!of\b|or\b|and\b|to\b|hundred|thousand|million|billion)[a-z]+[^A-Za-z\d]*\Z)",
+    rf"[^A-Za-z]*(?P<minus>(?:negative|minus) )?(?P<words>{_HUNDREDS}(?: (?:{'|'.join(_SCALES)})(?:,?(?: and)? {_HUNDREDS})?){{0,3}})(?: (?P<part>\d)/(?P<parts>[2-9]))?"
+    r"(?:[^A-Za-z\d]*\Z|[^A-Za-z\s-]|\s(?!(?:of|or|and|to)\b|hundred|thousand|million|billion|hal[fv]|third|quarter)"
+    r"[a-z]+[^A-Za-z\d]*\Z)",
     re.I,
 )
+
+
+def _spelled(words: str) -> int:
+    "The number that number words name: 'two thousand and five' is 2005"
+    total = part = 0
+    for word in re.findall("[a-z]+", words.lower()):
+        if word in _SCALES:
+            total, part = total + part * _SCALES[word], 0
+        elif word == "hundred":
+            part *= 100
+        elif word != "and":
+            part += _SPELLED.get(word, 1)  # "a hundred"
+    return total + part
+
+
 _TOTAL = re.compile(r"\b(?:(?:for|making|giving|with) an? (?:\w+ )?total of|total{1,2}ing)\s", re.I)
 _LEAD = re.compile(
     r"""(?:[\s*:="'>|,\#]|\([A-E]\)\s|\b(?:option\s)?[A-E][).:](?=\s)|[A-Za-z]\w{0,15}\s?(?==)
@@ -117,7 +147,8 @@ def answer_ahead(
         total = _TOTAL.search(rest)
         return read_plain(rest[total.end() if total else 0 :].strip())
     if word := _WORD.match(rest):
-        return str(_SPELLED[word[1].lower()] + _SPELLED[(word[2] or "zero").lower()])
+        value = _spelled(word["words"]) + Fraction(int(word["part"] or 0), int(word["parts"] or 1))
+        return exact_number(-value if word["minus"] else value)
     return None
 
 # %% ../nbs/lib/statements.ipynb #47cb23c8
@@ -177,7 +208,7 @@ def answer_at(
         line, start, numbered = _line_at(text, found.end())
         colon = ":" in (found["link"] or "") or start > found.end()
         value = answer_ahead(line) if final else _weak_answer(line, opens, colon, numbered)
-        if value is None and final and found["link"]:
+        if value is None and final and found["link"] and not _GIVES_UP.search(line):
             value = conclude(line)
         if value is not None:
             return value, start
@@ -219,7 +250,10 @@ def stated_answer(
     "The last answer that `text` states outright: in a box, after `####` or after 'answer'"
     floor, boxed = 0, None
     for start, end in islice(boxes(text), _TRIES):
-        if (value := read_answer(text[start:end])) is not None:
+        value = read_answer(text[start:end])
+        if value is None:
+            value = answer_ahead(text[start:end])
+        if value is not None:
             floor, boxed = end, (value, end)
             break
     lower = text.replace("İ", "I").lower()  # the one letter whose lower case is longer
@@ -235,14 +269,14 @@ def stated_answer(
 
 # %% ../nbs/lib/statements.ipynb #459e68fc
 _CUE = re.compile(
-    r"\b(?:wait|actually|sorry|apologi[sz]e|on second thought|no,|but it(?:'s| is)|(?P<retracted>correction|oops|scratch that"
+    r"\b(?:wait|actually|sorry|apologi[sz]e|on second thought|no,|(?<=\? )no\b|but it(?:'s| is)|(?P<retracted>correction|oops|scratch that"
     r"|i made an? (?:mistake|error)|let me (?:correct|fix|redo|recalculate|recompute)"
     r"|that(?:'s| is| was) (?:wrong|incorrect|not (?:right|correct))))(?!\w)",
     re.I,
 )
 _RESTATED = re.compile(
     r"(?:(?:\b(?:is|it's|be|been|make (?:that|it)|mean|meant|equals)\b|=)[ *]*(?:actually |about )?"
-    r"(?=[-−\\$(]*\d)|\b(?:wait|sorry|oops|correction|no,)[\s,:;.—-]{0,4}(?=[-−\\$]*\d[\d,.]*\s*(?:[.!]|\Z)))",
+    r"(?=[-−\\$(]*\d)|\b(?:wait|sorry|oops|actually|correction|no,)[\s,:;.—-]{0,4}(?=[-−\\$]*\d[\d,.]*\s*(?:[.!]|\Z)))",
     re.I,
 )
 
@@ -277,6 +311,11 @@ _COMES_TO = re.compile(
 )
 
 
+_ORDINAL = re.compile(r"\A\s*(?:\d{1,2}[.)]|[-*•])\s")
+_DIGITS = re.compile(r"\d[\d,.]*")
+_LONG_TAIL = re.compile(r"[,;:(]|(?:\w+\W+){9}")
+
+
 def breaks_off(
     text: str,  # a completion
 ) -> bool:  # as far as its end shows
@@ -288,9 +327,9 @@ def breaks_off(
         return True
     if not line[-1:].isalnum():
         return False
-    sentence = re.sub(r"\A\s*(?:\d{1,2}[.)]|[-*•])\s", "", _SENTENCE.split(line)[-1])
-    *_, before, after = [None, *re.split(r"\d[\d,.]*", sentence)]
-    if before is None or re.search(r"[,;:(]|(?:\w+\W+){9}", after):
+    sentence = _ORDINAL.sub("", _SENTENCE.split(line)[-1])
+    *_, before, after = [None, *_DIGITS.split(sentence)]
+    if before is None or _LONG_TAIL.search(after):
         return True
     if _COMES_TO.search(sentence[: len(sentence) - len(after)]):
         return False
@@ -305,6 +344,9 @@ _GIVES_UP = re.compile(
 )
 
 # %% ../nbs/lib/statements.ipynb #b30d0de1
+_REMARK = re.compile(r"[\s*_]*\([^()\n]*[A-Za-z]{2}[^()\n]*\)[*_.\s]*")
+
+
 def concluded_answer(
     text: str,  # a completion without a stated answer
     n_lines: int = 5,  # lines with words that are looked at, from the end
@@ -316,6 +358,9 @@ def concluded_answer(
     for _ in range(10 * n_lines):  # lines without words, such as rules and fences, count a tenth
         start = text.rfind("\n") + 1
         line = text[max(start, len(text) - WINDOW - 1) :]
+        if start and _REMARK.fullmatch(line):
+            n_lines, text = n_lines - 1, text[:start].rstrip()
+            continue
         value = "" if _GIVES_UP.search(line) else conclude(line)
         n_lines -= bool(re.search(r"\w", line))
         if value is not None or not n_lines or not start:
