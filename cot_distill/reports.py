@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from . import analysis
+from . import analysis, figures
 from .frames import Runs, load_runs
 from .outcomes import outcome_shares, with_outcomes
 from .pages import Link, asset, notebook_html, page
@@ -310,10 +310,10 @@ def figures_html(
     told = "; ".join(f"{row.variant} {percent(row.accuracy, row.low, row.high)}" for row in main.itertuples())
     gains = "; ".join(f"{row.variant} {percent(row.delta, row.delta_low, row.delta_high, signed=True)} points" for row in trained.itertuples())
     return [
-        figure_html(analysis.plot_accuracy, main, f"Accuracy by student: {told}.", "Right answers. Dot: measured; bar: 95 % interval; dashed: the untrained student."),
-        figure_html(analysis.plot_forest, trained, f"Difference to the untrained student: {gains}.", "Difference to the untrained student, with 95 % interval and p after Holm."),
-        figure_html(analysis.plot_outcomes, shares, "Shares of right answers and kinds of mistakes, by student.", "What became of the answers, in percent of the problems."),
-        figure_html(analysis.plot_lengths, texts, "Cumulative distribution of the lengths of the teachers' texts.", "How long the teachers' texts are."),
+        figure_html(figures.plot_accuracy, main, f"Accuracy by student: {told}.", "Right answers. Dot: measured; bar: 95 % interval; dashed: the untrained student."),
+        figure_html(figures.plot_forest, trained, f"Difference to the untrained student: {gains}.", "Difference to the untrained student, with 95 % interval and p after Holm."),
+        figure_html(figures.plot_outcomes, shares, "Shares of right answers and kinds of mistakes, by student.", "What became of the answers, in percent of the problems."),
+        figure_html(figures.plot_lengths, texts, "Cumulative distribution of the lengths of the teachers' texts.", "How long the teachers' texts are."),
     ]
 
 # %% ../nbs/lib/reports.ipynb #cba7bbcd

@@ -19,7 +19,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
-from . import analysis
+from . import analysis, figures
 from .apidocs import api_pages
 from .config import load_study, to_toml
 from .errors import InputError
@@ -45,7 +45,7 @@ def _freeze_data(run: RunFolder, frozen: RunFolder, target: Path) -> None:
         write_json(frozen.path / path.relative_to(run.path), _rounded(read_json(path)))
     main = analysis.headline(load_runs([frozen.path]).results)
     if len(main):
-        (frozen.path / "accuracy.svg").write_text(figure_svg(analysis.plot_accuracy, main, ground="#ffffff"), encoding="utf-8")
+        (frozen.path / "accuracy.svg").write_text(figure_svg(figures.plot_accuracy, main, ground="#ffffff"), encoding="utf-8")
 
 
 def _rounded(data: Any) -> Any:

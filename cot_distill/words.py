@@ -7,6 +7,7 @@ __all__ = ['percent', 'p_text', 'seeds_text', 'said', 'drawn', 'markdown_table']
 
 # %% ../nbs/lib/words.ipynb #9f791711
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +50,27 @@ def seeds_text(
 
 # %% ../nbs/lib/words.ipynb #3adbe0e3
 def said(
-    sentences: Iterable[str],  # plain sentences, Markdown allowed
+    sentences: Iterable[str],  # plain sentences, Markdown allowed; those that start with a bold name become a list
     missing: str = "",  # what would be needed, when there are none
 ) -> Any:  # something a notebook displays as text
     "Computed sentences as text; without any, one that says what is missing"
     from IPython.display import Markdown
 
-    return Markdown(" ".join(sentences) or f"*Not run: {missing}.*")
+    parts = list(sentences)
+    text = " ".join(part for part in parts if not part.startswith("**"))
+    points = "\n".join(f"- {part}" for part in parts if part.startswith("**"))
+    return Markdown("\n\n".join(filter(None, (text, points))) or f"*Not run: {missing}.*")
 
 
 def drawn(
     plot: Callable[[pd.DataFrame], "Axes"],  # one of the `plot_*` functions
     data: pd.DataFrame,
     missing: str,  # what would be needed, when there is no data
-) -> Any:  # the axes, or a sentence
+) -> Any:  # nothing where a figure was drawn, as the notebook shows it by itself; else a sentence to show
     "Draw a figure, or say that there is nothing to draw"
-    return plot(data) if len(data) else said([], missing)
+    if len(data) == 0:
+        return said([], missing)
+    plot(data)
 
 # %% ../nbs/lib/words.ipynb #fc6997c2
 def markdown_table(
@@ -73,7 +79,7 @@ def markdown_table(
     "A table for the README and the site"
 
     def _row(cells: list) -> str:
-        return "| " + " | ".join(str("" if pd.isna(c) else c).replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(re.sub(r"(?<=[\d%<,]) (?=[\d%\[+-])", "\N{NO-BREAK SPACE}", str("" if pd.isna(c) else c).replace("|", "\\|")) for c in cells) + " |"
 
     names = [table.index.name or "", *table.columns]
     return "\n".join([_row(names), _row(["---"] + ["---:"] * len(table.columns)), *(_row([name, *row]) for name, row in zip(table.index, table.itertuples(index=False), strict=True))])

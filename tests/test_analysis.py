@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from made_run import make_run
 from matplotlib.figure import Figure
 
-from cot_distill import analysis
+from cot_distill import analysis, figures
 from cot_distill.errors import InputError
 from cot_distill.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
 from cot_distill.outcomes import lost_table, outcome_shares, solved_table, with_outcomes
 from cot_distill.plots import teacher_color
 from cot_distill.problems import load_problems
-from cot_distill.stats import paired_difference
+from cot_distill.stats import holm, paired_difference
 from cot_distill.texts import MISTAKES, equations, mistake, text_features, value_of
 from cot_distill.words import drawn, percent
 
@@ -134,12 +134,12 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
     answers = with_outcomes(analysis.first_set(made.evals, made.results))
     texts = analysis.with_features(made.rationales)
     beside = analysis.gains_beside_texts(main, texts, made.training)
-    figures = {
-        "accuracy": (analysis.plot_accuracy, main), "forest": (analysis.plot_forest, main), "pairwise": (analysis.plot_pairwise, analysis.pairwise(answers)),
-        "lengths": (analysis.plot_lengths, texts), "gain": (analysis.plot_gain_against, beside), "outcomes": (analysis.plot_outcomes, outcome_shares(answers)),
-        "pareto": (analysis.plot_pareto, analysis.cost_table(main)), "others": (analysis.plot_other_sets, analysis.other_sets(made.results)),
+    drawings = {
+        "accuracy": (figures.plot_accuracy, main), "forest": (figures.plot_forest, main), "pairwise": (figures.plot_pairwise, analysis.pairwise(answers)),
+        "lengths": (figures.plot_lengths, texts), "gain": (figures.plot_gain_against, beside), "outcomes": (figures.plot_outcomes, outcome_shares(answers)),
+        "pareto": (figures.plot_pareto, analysis.cost_table(main)), "others": (figures.plot_differences, analysis.other_sets(made.results)),
     }  # fmt: skip
-    for name, (plot, data) in figures.items():
+    for name, (plot, data) in drawings.items():
         ax = plot(data, ax=Figure().subplots())
         assert ax.get_xlabel() or ax.get_title(), name
         drawn = {t.get_text() for t in [*ax.texts, *ax.get_yticklabels(), *(ax.get_legend().get_texts() if ax.get_legend() else [])]}
@@ -150,8 +150,8 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
 def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None:
     before, main = dict(matplotlib.rcParams), analysis.headline(made.results)
     copy = main.copy(deep=True)
-    analysis.plot_forest(main)
-    analysis.plot_accuracy(main)
+    figures.plot_forest(main)
+    figures.plot_accuracy(main)
     assert dict(matplotlib.rcParams) == before
     pd.testing.assert_frame_equal(main, copy)
 
@@ -195,11 +195,47 @@ def test_a_ranking_is_corrected_for_the_number_of_pairs() -> None:
 
 def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
     runs = load_runs([make_run(tmp_path / "small", 12, 40), make_run(tmp_path / "full", 60, 40, seed=1)])
-    table = analysis.sizes(runs)
+    table = analysis.sizes(analysis.over_runs(runs))
     assert sorted(table["variant"].unique()) == ["human", "recorded"] and len(table) == 4
     assert len(analysis.size_sentences(table)) == 2
-    ax = analysis.plot_learning_curve(table, ax=Figure().subplots())
+    ax = figures.plot_learning_curve(table, ax=Figure().subplots())
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [f"{n:,.0f}" for n in sorted(table["n_examples"].unique())]
+
+
+def test_runs_are_told_apart_by_what_their_settings_say(tmp_path: Path) -> None:
+    small, full, other = (make_run(tmp_path / name, n, 40, seed) for name, n, seed in (("small", 12, 0), ("full", 60, 1), ("other", 60, 2)))
+    config = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(config + "\n[train]\nlearning_rate = 1e-5\n")
+    runs = load_runs([small, full, other])
+    assert runs.info.set_index("run")["recipe"].to_dict() == {"small": "learning rate default", "full": "learning rate default", "other": "learning rate 1e-05"}
+    assert runs.info.set_index("run")["size"].to_dict() == {"small": "12 problems", "full": "60 problems", "other": "60 problems"}
+    every = analysis.over_runs(runs)
+    assert len(every) == 6 and (every["p_holm"] >= every["p"].astype(float)).all()
+    assert every["p_holm"].tolist() == list(holm(dict(enumerate(every["p"].astype(float)))).values())
+    table = analysis.runs_table(every)
+    assert set(table["recipe"]) == {"learning rate default", "learning rate 1e-05"} and list(table.index.unique()) == ["small", "full", "other"]
+    assert set(analysis.sizes(every)["run"]) == {"small", "full"}  # the other recipe has one size only
+    ax = figures.plot_differences(every, "setting", ax=Figure().subplots())
+    assert ax.get_yticklabels()[2].get_text() == "other\nlearning rate 1e-05\n60 problems\n(n = 40)"
+    assert "6 differences in 3 runs" in analysis.run_sentences(every)[0]
+    first = runs.first()
+    assert set(first.results["run"]) == set(first.evals["run"]) == set(first.training["run"]) == {"small"}
+    assert len(analysis.teacher_table(analysis.with_features(first.rationales), first.training)) == 2
+
+
+def test_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
+    runs = load_runs([make_run(tmp_path / place / "demo", 8, 8) for place in ("a", "b")] + [tmp_path / "a" / "demo"])
+    assert list(runs.info["run"]) == ["a/demo", "b/demo"]
+
+
+def test_the_spread_over_seeds_stands_in_table_and_forest(made: Runs) -> None:
+    main = analysis.headline(made.results).copy()
+    spread = {"n_seeds": 3, "mean": 0.5, "sd": 0.04, "min": 0.45, "max": 0.55}
+    main["over_seeds"] = [spread if variant == "human" else None for variant in main["variant"]]
+    assert analysis.results_table(main).loc["human", "over seeds"] == "50.0 ± 4.0 % (3 seeds)"
+    base = main.set_index("variant").loc["base", "accuracy"]
+    ends = [line.get_xdata() for line in figures.plot_forest(main, ax=Figure().subplots()).lines]
+    assert any(len(x) == 2 and abs(x[0] - 100 * (0.45 - base)) < 1e-9 and abs(x[1] - 100 * (0.55 - base)) < 1e-9 for x in ends)
 
 
 def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
@@ -213,9 +249,10 @@ def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> No
         assert analysis.collapse_sentences(shares) == [] and analysis.mistake_sentences(shares) == []
         assert analysis.gains_beside_texts(main, texts, runs.training).empty
         assert analysis.rule_table(main).empty
-        assert analysis.sizes(runs).empty and analysis.other_sets(runs.results).empty
+        every = analysis.over_runs(runs)
+        assert every.empty and analysis.sizes(every).empty and analysis.run_sentences(every) == [] and analysis.other_sets(runs.results).empty
         assert solved_table(answers).empty and analysis.style_table(answers, texts).empty
-        assert "Not run" in drawn(analysis.plot_outcomes, shares, "no answers").data
+        assert "Not run: no answers" in drawn(figures.plot_outcomes, shares, "no answers").data
     assert analysis.gain_sentences(analysis.headline(empty.results)) == []
 
 
