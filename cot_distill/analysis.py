@@ -248,7 +248,7 @@ def cost_sentences(
     "Prices, in words"
     parts = []
     for row in costs.to_dict("records"):
-        usd = f"${row['usd']:.2f}" if row["usd"] else "no money"
+        usd = f"${row['usd']:.2f}" if row["usd"] >= 0.005 else "less than a cent" if row["usd"] else "no money"
         minutes = "" if math.isnan(row["train_min"]) else f" and {row['train_min']:.1f} minutes of training"
         price = "gained nothing over the base" if row["delta"] <= 0 else f"{row['train_min a point']:.2f} minutes a point"
         parts.append(f"**{row['variant']}** took {usd}{minutes}: {price}.")

@@ -220,11 +220,27 @@ def evaluate(
 
 
 @app.command()
-def analyze(config: Config, limit: Limit = None, run_dir: RunDir = None, overrides: Overrides = None) -> None:
+def analyze(
+    what: Annotated[list[Path], typer.Argument(help="The study's TOML file; or run folders, to be read together.", show_default=False, metavar="CONFIG|RUN...")],
+    out: Annotated[Path, typer.Option(help="Where the analysis of run folders goes.", metavar="FOLDER")] = Path("runs/together"),
+    limit: Limit = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+) -> None:
     """Draw the figures and render the pages of a run from its saved results; nothing is trained.
 
+    Several run folders are compared: recipes, sizes, selections. The first one leads.
+
     Example: [bold]cot-distill analyze configs/demo.toml[/]
+
+    Example: [bold]cot-distill analyze runs/small runs/full --out reports/sizes[/]
     """
+    config, *others = what
+    if others or config.is_dir():
+        from cot_distill.together import analyze_together
+
+        print(analyze_together(what, out))
+        return
     from rich.console import Console
 
     from cot_distill.pipeline import prepare_batch, run_prepared

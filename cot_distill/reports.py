@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INKS', 'STAGE_TITLES', 'PROBLEMS_SHOWN', 'figure_svg', 'figure_html', 'table_html', 'found_reports', 'is_stopped',
-           'page_name', 'report_links', 'report_html', 'problem_html', 'problems_html', 'reports_table', 'stage_facts',
-           'provenance_html', 'index_html', 'figures_html', 'render_reports']
+           'page_name', 'report_links', 'report_html', 'lone_report_html', 'problem_html', 'problems_html',
+           'reports_table', 'stage_facts', 'provenance_html', 'index_html', 'figures_html', 'render_reports']
 
 # %% ../nbs/lib/reports.ipynb #1fb172db
 import base64
@@ -158,6 +158,17 @@ def report_html(
     name = page_name(stage, variant)
     title = f"{STAGE_TITLES[stage]}{f' · {variant}' if variant else ''} · {study}"
     return page(title, body, Link(study, "index.html"), report_links(known, variant, name), _footer(notebook))
+
+
+def lone_report_html(
+    path: Path,  # an executed notebook that belongs to no single run
+    title: str,
+) -> str:  # a complete page
+    "A report as a page that stands alone"
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    return page(title, notebook_html(notebook), footer=_footer(notebook))
 
 
 def _footer(notebook: Any) -> str:

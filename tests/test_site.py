@@ -460,6 +460,24 @@ def test_rendering_the_sources_themselves_is_refused_with_a_word() -> None:
     assert done.returncode == 1 and "make site" in done.stderr
 
 
+# ---------------------------------------------------------------- several runs
+
+
+def test_several_runs_are_analysed_together(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, n, 40, seed) for name, n, seed in (("small", 12, 0), ("full", 60, 1))]
+    command = [Path(sys.executable).parent / "cot-distill", "analyze", *runs, "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    html = Path(done.stdout.strip()).read_text(encoding="utf-8")
+    soup = BeautifulSoup(html, "html.parser")
+    tables = [table for table in soup.find_all("table") if "examples" in table.get_text()]
+    assert [row.th.get_text() for row in tables[0].tbody.find_all("tr")] == ["small", "small", "full", "full"]
+    assert "4 differences in 2 runs" in soup.get_text() and "12 problems" in soup.get_text()
+    assert str(tmp_path) not in html and not soup.find("script")
+    wrong = subprocess.run([*command[:2], runs[0], tmp_path / "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert wrong.returncode == 2 and "nowhere is no run folder" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
 # ---------------------------------------------------------------- benchmarks
 
 
