@@ -2,6 +2,7 @@
 #   make demo       a whole study on this machine, in minutes, without keys: runs/demo/html/index.html
 #   make test       what CI runs: every notebook and the fast tests, offline
 #   make test-slow  the tests that take minutes
+#   make mock       a mock of hosted models for the tests, from npm; skipped with a word where there is no Node
 #   make lab        JupyterLab on the notebooks
 #   make site       the site from notebooks, reports and results: _site/
 #   make notebooks  run every notebook in place, clean it, export the library, write README.md
@@ -21,7 +22,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo test test-slow lab site notebooks check
+.PHONY: help env demo test test-slow mock lab site notebooks check
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -43,6 +44,10 @@ test: $(MADE)
 
 test-slow: $(MADE)
 	$(BIN)/python -m pytest -m slow
+
+mock:
+	@command -v npm >/dev/null || { echo "no npm here: the tests against the mock server will be skipped"; exit 0; }; \
+	npm ci --prefix tests/mock --ignore-scripts --no-audit --no-fund
 
 lab: $(MADE)
 	$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/00_teachers.ipynb

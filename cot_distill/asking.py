@@ -125,7 +125,7 @@ async def settle(
             return answer
         if answer.status == "truncated":
             widened = True
-        elif answer.retry_after_s is None:
+        elif answer.retry_after_s is None and answer.status != "rate_limited":  # these wait at the gate
             await asking.pause(backoff_s(n_sent))
     return answer
 
@@ -133,8 +133,8 @@ async def settle(
 async def _send(asking: Asking, key: str, question: Question, n_sent: int, widened: bool, is_retry: bool) -> Answer | None:
     "One send: admitted, entered, sent, written down; None when the run was stopped"
     cfg, ledger = asking.teacher.cfg, asking.ledger
-    reserve = reserve_usd(cfg, question)
-    await asking.pacer.admit(prompt_tokens_estimate(question) + question.max_tokens, asking.pause)
+    reserve, n_prompt = reserve_usd(cfg, question), prompt_tokens_estimate(question)
+    await asking.pacer.admit(n_prompt + question.max_tokens, asking.pause)
     try:
         if asking.stop.is_set():
             return None
@@ -147,7 +147,7 @@ async def _send(asking: Asking, key: str, question: Question, n_sent: int, widen
         except asyncio.CancelledError:
             ledger.finish(attempt, status="cancelled", error="stopped while in flight; may have been billed")
             raise
-        learn(asking.pacer, answer, sent_at)
+        learn(asking.pacer, answer, sent_at, n_prompt)
         usd = cost_usd(cfg, question, answer)
         ledger.finish(attempt, is_final=is_settled(answer, n_sent, widened), cost_usd=usd, latency_s=asking.pacer.clock() - sent_at, **_columns(answer))
         await ledger.committed()

