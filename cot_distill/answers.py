@@ -165,6 +165,19 @@ def _seconds(duration: str) -> float:
 QUOTA_WORDS = re.compile(r"insufficient[_ ](quota|balance)|exceeded your current quota|billing_hard_limit|billing_not_active", re.I)
 DAY_WORDS = re.compile(r"per ?day|\bdaily\b|\b[RT]PD\b", re.I)
 MINUTE_WORDS = re.compile(r"per ?min(ute)?|\b[RT]PM\b", re.I)
+
+
+def _is_quota(body: str) -> bool:
+    "Whether a 429 means that an account or a day is used up, rather than a minute"
+    return bool(DAY_WORDS.search(body) or (QUOTA_WORDS.search(body) and not MINUTE_WORDS.search(body)))
+
+
+def _pacific_midnight_s() -> float:
+    "Seconds until Google's day begins; winter time all year, so never too early"
+    now = datetime.now(timezone(timedelta(hours=-8)))
+    return 86400.0 - (now - now.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
+
+# %% ../nbs/lib/answers.ipynb #7186d730
 KEY_WORDS = re.compile(r"invalid[_ ]api[_ ]key|API[_ ]key[_ ](not[_ ]valid|invalid|expired)|incorrect api key|API_KEY_INVALID", re.I)
 MODEL_WORDS = re.compile(r"model_not_found|model .{0,80}(not found|does not exist|is not supported|not exist)|models/\S+ is not found", re.I | re.S)
 
@@ -191,17 +204,6 @@ def read_error(
         status = "bad_request"
     billed = http_status >= 500 or http_status == 408
     return Answer(status, raw_body=body, http_status=http_status, error=f"HTTP {http_status}: {_message(body)}", retry_after_s=wait, billed=billed)
-
-
-def _is_quota(body: str) -> bool:
-    "Whether a 429 means that an account or a day is used up, rather than a minute"
-    return bool(DAY_WORDS.search(body) or (QUOTA_WORDS.search(body) and not MINUTE_WORDS.search(body)))
-
-
-def _pacific_midnight_s() -> float:
-    "Seconds until Google's day begins; winter time all year, so never too early"
-    now = datetime.now(timezone(timedelta(hours=-8)))
-    return 86400.0 - (now - now.replace(hour=0, minute=0, second=0, microsecond=0)).total_seconds()
 
 
 def _message(body: str) -> str:

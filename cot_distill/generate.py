@@ -391,11 +391,9 @@ def card_text(
 
     cfg, kept = study.teacher(teacher_id), table[table["kept"]]
     words = kept["completion"].str.split().str.len()
-    drops = "\n".join(f"| {reason} | {n} |" for reason, n in summary.drop_reasons.items()) or "| none | 0 |"
     models = ", ".join(f"{m} ({n})" for m, n in summary.models.items()) or "the responses name none"
     models += f"; not asked for: {', '.join(summary.rerouted)}" if summary.rerouted else ""
     low, high = wilson(summary.n_correct, summary.n)
-    shared = "\n".join(f"| {text} | {' | '.join(map(str, counts.values()))} |" for text, counts in summary.shared_with_tests.items())
     lengths = f"{words.median():.0f} words in the median, {words.min():.0f} to {words.max():.0f}" if len(kept) else "nothing kept"
     return f"""# Rationales of the teacher `{teacher_id}`
 
@@ -413,13 +411,7 @@ def card_text(
 | cost | ${summary.cost_usd:.4f} |
 | licence or terms | {cfg.license} |
 
-| dropped because | rows |
-|---|---|
-{drops}
-
-| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |
-|---|---|---|---|---|
-{shared}
+{_card_counts(summary)}
 
 Prompt template (hash {prompt_hash(study.generate)}){_card_note(cfg)}:
 
@@ -429,6 +421,14 @@ Prompt template (hash {prompt_hash(study.generate)}){_card_note(cfg)}:
 {_system_note(study)}"""
 
 # %% ../nbs/01_generate.ipynb #865d3e57
+def _card_counts(summary: GenerateSummary) -> str:
+    "Why rows were dropped, and what they share with the evaluation sets, as tables"
+    drops = [f"| {reason} | {n} |" for reason, n in summary.drop_reasons.items()] or ["| none | 0 |"]
+    shared = [f"| {text} | {' | '.join(map(str, counts.values()))} |" for text, counts in summary.shared_with_tests.items()]
+    heads = ["| dropped because | rows |\n|---|---|", "\n| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |\n|---|---|---|---|---|"]
+    return "\n".join([heads[0], *drops, heads[1], *shared])
+
+
 def _card_note(cfg: TeacherConfig) -> str:
     "Why the prompt of this study may not be what the teacher saw"
     if cfg.provider == "human":

@@ -126,8 +126,10 @@ def readable_html(
             link.unwrap()
     for table in soup.find_all("table"):
         _one_heading_row(table)
-        if any(len(cell.get_text()) > 40 for cell in table.find_all("td")):
-            table["class"] = [*table.get("class", []), "wordy"]
+        wordy = [cell for cell in table.find_all("td") if len(cell.get_text()) > 40]
+        table["class"] = [*table.get("class", []), *(["wordy"] if wordy else [])]
+        for cell in wordy:
+            cell["class"] = "words"
         table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "table"}))
     return str(soup)
 

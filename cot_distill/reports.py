@@ -85,7 +85,7 @@ def table_html(
         dot = f'<span class="dot" style="background:{teacher_color(str(name))}"></span>' if dots else ""
         cells = "".join(f"<td{c}>{escape('' if pd.isna(v) else str(v))}</td>" for v, c in zip(values, classes, strict=True))
         rows.append(f'<tr><th scope="row">{dot}{escape(str(name))}</th>{cells}</tr>')
-    top = f"<caption>{escape(caption)}</caption>" if caption else ""
+    top = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     corner = f'<th scope="col">{escape(str(table.index.name or ""))}</th>'
     return visible(f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{top}<thead><tr>{corner}{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
 
