@@ -37,10 +37,11 @@ def cell_facts(
     directives = re.findall(r"^#\|\s*(.*)$", source, flags=re.MULTILINE)
     options = {key.strip(): value.strip().strip("\"'") for key, colon, value in (d.partition(":") for d in directives) if colon}
     body = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
-    names = re.findall(r"^(?:async )?(?:def|class) ([A-Za-z]\w*)|^([A-Z][A-Z_]+) =", body, flags=re.MULTILINE)
+    names = ["".join(found) for found in re.findall(r"^(?:async )?(?:def|class) (\w+)|^(_?[A-Z][A-Z_]+) =", body, flags=re.MULTILINE)]
+    names = [name for name in names if not name.startswith("_")] or names
     kind, summary = "lesson", ""
     if "export" in directives or "exports" in directives:
-        kind, summary = "library", ", ".join(a or b for a, b in names) or ("imports" if "import" in body else "details")
+        kind, summary = "library", ", ".join(names) or ("imports" if "import" in body else "details")
     elif "hide" in directives or not body:
         kind = "hidden"
     elif {"parameters", "injected-parameters"} & set(tags):
