@@ -174,12 +174,19 @@ def generate(config: Config, teachers: Teachers = "", limit: Limit = None, run_d
 
 
 @app.command()
-def train(config: Config, teachers: Teachers = "", limit: Limit = None, run_dir: RunDir = None, overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    teachers: Teachers = "",
+    merge: Annotated[bool, typer.Option("--merge", help="Also write each student with its adapter folded into the weights; trained ones are not trained again.")] = False,
+    limit: Limit = None,
+    run_dir: RunDir = None,
+    overrides: Overrides = None,
+) -> None:
     """Train one student on each teacher's rationales; a cut-off training goes on from its last checkpoint.
 
     Example: [bold]cot-distill train configs/demo.toml --teachers human[/]
     """
-    study, folder = _open(config, limit, run_dir, overrides)
+    study, folder = _open(config, limit, run_dir, [*(overrides or []), *["train.merge=true"] * merge])
     names = comma_list(teachers) or list(study.variants())
     for name in names:
         study.variant(name)

@@ -229,7 +229,7 @@ class RunFolder:
 # %% ../nbs/lib/runs.ipynb #e295ea48
 OPERATIONAL = frozenset(
     "description rpm tpm rpd max_in_flight api_key_env batch batch_queue_tokens max_usd max_requests max_attempts "
-    "retry_budget_frac deadline_s drain_s checkpoint_every checkpoints_kept slots n_bootstrap repeats".split()
+    "retry_budget_frac deadline_s drain_s checkpoint_every checkpoints_kept merge slots n_bootstrap repeats".split()
 )
 
 

@@ -93,6 +93,7 @@ class FittingTrainer(PackedTrainer):
                     raise
                 self._halve(str(err))
             model.zero_grad()
+            torch.cuda.empty_cache()  # only now: the error held what the failed pass had made
             todo = self.step_passes
 
     def _in_parts(self, model: Any, examples: list[Example], num_items_in_batch: Any) -> torch.Tensor:
@@ -105,7 +106,6 @@ class FittingTrainer(PackedTrainer):
         if size == 1 or self.accelerator.num_processes > 1:
             raise InputError(f"memory ran out in step {self.state.global_step + 1} ({error.splitlines()[0][:100]}); set a smaller train.{'max_length' if size == 1 else 'batch_size'}")
         self.per_pass = size // 2
-        torch.cuda.empty_cache()
         print(f"memory ran out in step {self.state.global_step + 1}: passes of {self.per_pass} examples from here on, same examples a step", file=sys.stderr)
 
 
