@@ -24,7 +24,7 @@ from typing import Any
 import common
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bfloat16
-CPU_VARIANTS = "packed-fp32,padded-fp32,trl-fp32,packed-bf16,packed-nf4,padded-nf4"
+CPU_VARIANTS = "packed-fp32,padded-fp32,trl-fp32,packed-bf16,packed-nf4"
 GPU_VARIANTS = "packed-bf16,padded-bf16,trl-bf16,trl_free-bf16,packed-nf4,padded-nf4"
 
 
@@ -49,9 +49,8 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
 
     from cot_distill.config import TrainConfig
     from cot_distill.packing import training_order
-    from cot_distill.sizes import plan_training, sizes_of
+    from cot_distill.sizes import PeakMemory, plan_training, sizes_of
     from cot_distill.students import device_of, load_student, student_source
-    from cot_distill.train import PeakMemory
     from cot_distill.trainer import training_arguments
 
     student = student_for(args.student, variant.split("-")[1], torch.cuda.is_available())
@@ -74,7 +73,7 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = sum(tokens[1:]) / (ends[-1] - ends[0])
     mfu = peak_flops() and plan.tflop * 1e12 / sum(tokens) * done / peak_flops()
-    return {"tokens_per_s": done, "pad_share": pad_share, "peak_memory_gb": peak.gb(), "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
+    return {"tokens_per_s": done, "pad_share": pad_share, "peak_memory_gb": peak.gb(), "estimated_memory_gb": plan.memory_gb, "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
 def student_for(model: str, weights: str, has_gpu: bool) -> Any:

@@ -168,7 +168,7 @@ def _train(study: StudyConfig, variant: str, run: RunFolder, examples: list[Exam
     facts = {"mean_nll": round(surprise(model, known, trainer.make_batch), 4), "mean_nll_examples": len(known)}
     checkpoint, skipped = last_good(args.output_dir)
     for word in skipped:
-        print(word, file=sys.stderr)
+        _say(args, word)
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     with Progress(len(trainer.train_dataset) // study.train.gradient_accumulation, f"train {variant}", run.progress("train", variant), "step", done) as bar:
         _fit(trainer, Watch(bar), checkpoint)
@@ -231,11 +231,11 @@ def run_train(
             state = begin_stage(folder, "train", train_inputs(study, examples, seed))
             log = _finished(run, variant) if state == "done" else None
         if log:
-            print(f"{variant}: already trained on {log['n_examples']} rationales", file=sys.stderr)
+            _say(args, f"{variant}: already trained on {log['n_examples']} rationales")
         else:
             sizes = _sizes(student, cfg)
             plan = check_machine(examples, student, cfg, seed, sizes, folder)
-            print(_announce(variant, counts, plan, student), file=sys.stderr)
+            _say(args, _announce(variant, counts, plan, student))
             model, facts = _train(study, variant, run, examples, args, sizes)
             log = _log(study, variant, examples, counts, plan) | facts
             if args.should_save:
@@ -254,6 +254,12 @@ def _alone(folder: Path, args: "TrainingArguments") -> Iterator[None]:
     else:
         with locked(folder / ".lock"):
             yield
+
+
+def _say(args: "TrainingArguments", text: str) -> None:
+    "A line for whoever watches, once, however many processes there are"
+    if not args.process_index:
+        print(text, file=sys.stderr)
 
 
 def _sizes(student: StudentConfig, cfg: TrainConfig) -> Sizes:
@@ -323,6 +329,8 @@ def main(
     if len(words) not in (2, 3):
         print("usage: torchrun --nproc-per-node N -m cot_distill.train CONFIG TEACHER [RUN_DIR]", file=sys.stderr)
         return 2
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["COT_DISTILL_PROGRESS"] = "off"  # the first process shows it for all
     try:
         study, run = open_chapter(words[0], 0, words[2] if len(words) == 3 else "")
         run_train(study, words[1], run)

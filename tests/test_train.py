@@ -15,8 +15,10 @@ import pytest
 import torch
 from tiny_student import make_student, make_study, write_rationales
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 from cot_distill.checkpoints import checkpoints_in, fault_of, last_good, seal
+from cot_distill.cli import app
 from cot_distill.config import EvalSetConfig, StudentConfig, TrainConfig
 from cot_distill.errors import InputError
 from cot_distill.packing import Example, example_losses, pack, pack_apart, packing_for, pad, passes_of, token_losses, training_order
@@ -493,8 +495,10 @@ def test_merging_can_be_asked_for_later_and_is_done_once(start):
     log = run_train(study, "human", run)
     folder = run.student_dir("human") / "merged"
     assert not folder.exists()
+    done = CliRunner().invoke(app, ["train", str(run.config_file), "--run-dir", str(run.path), "--merge"])
+    assert done.exit_code == 0 and "already trained" in done.output
+    assert losses_of(read_json(run.training_log("human"))) == losses_of(log)
     asked = study.model_copy(update={"train": study.train.model_copy(update={"merge": True})})
-    assert losses_of(run_train(asked, "human", run)) == losses_of(log)
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert "## Merged" in (folder / "README.md").read_text()
     assert read_json(folder / "parity.json")["same_token_frac"] == 1.0
@@ -509,16 +513,25 @@ def test_merging_can_be_asked_for_later_and_is_done_once(start):
 # several processes, and learning
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port=29577"],
+    "accelerate": ["accelerate.commands.launch", "--multi-gpu", "--num-processes=2", "--main-process-port=29577"],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(start):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_what_one_does(start, launcher):
     study, run = start("one", n=11, lora_dropout=0.0)
     one = run_train(study, "human", run)
     study, run = start("two", n=11, lora_dropout=0.0)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577", "-m", "cot_distill.train"]
-    subprocess.run([*command, str(run.config_file), "human", str(run.path)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "cot_distill.train"]
+    done = subprocess.run([*command, str(run.config_file), "human", str(run.path)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, stderr=subprocess.PIPE, text=True)
     two = read_json(run.training_log("human"))
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-4)
+    assert [s["n_tokens"] for s in two["steps"]] == [s["n_tokens"] for s in one["steps"]]
     assert fault_of(run.adapter("human")) is None
+    assert done.stderr.count("human: 11 examples") == 1, "told once"
 
 
 def test_passes_that_processes_cannot_share_are_refused(start, monkeypatch):
@@ -559,6 +572,7 @@ def test_rationales_teach_and_shuffled_ones_do_not(tmp_path, shuffled):
     log = run_train(study, "human", run)
     base, trained = _solved(None), _solved(run.adapter("human"))
     print(f"{base} of 100 untrained, {trained} of 100 trained; loss {losses_of(log)[0]:.2f} to {log['final_train_loss']:.2f}")
+    assert log["peak_memory_gb"] < 4
     assert trained <= base + 5 if shuffled else trained >= base + 20, (base, trained)
 
 
