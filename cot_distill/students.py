@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +232,7 @@ def end_of_turn_id(
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     tail = rendered.rpartition(_MARK)[2]
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
-    if not ids or ids[0] not in _special_ids(tokenizer):
+    if not ids or ids[0] not in _control_tokens(tokenizer):
         raise InputError(f"the chat template does not close the assistant's turn with a special token: it writes {tail!r}")
     return ids[0]
 
@@ -239,9 +240,10 @@ def end_of_turn_id(
 _MARK = "QUESTIONGOESHERE"
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    "Special tokens: id -> text"
-    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+    "Tokens that are no text: special ones, and marks such as `<think>` that a tokenizer only lists as added; id -> text"
+    added = tokenizer.added_tokens_decoder.items()
+    return {i: t.content for i, t in added if t.special or re.fullmatch(r"<.+>|\[.+\]", t.content)}
 
 # %% ../nbs/lib/students.ipynb #7e55ffa9
 def prompt_ids(
@@ -249,13 +251,13 @@ def prompt_ids(
     question: str,  # as the problem has it
     cfg: StudentConfig,  # prompt template and system prompt
 ) -> list[int]:  # tokens up to where the student begins to write
-    "The chat prompt in tokens; special tokens inside the question are split into ordinary ones"
+    "The chat prompt in tokens; control tokens inside the question are split into ordinary ones"
     content = cfg.prompt_template.replace("{question}", question).strip()
     ids: list[int] = []
-    specials = {text: i for i, text in _special_ids(tokenizer).items()}
-    for piece in _split_at(_template(tokenizer, cfg.system_prompt), specials):
-        if piece in specials:
-            ids.append(specials[piece])
+    controls = {text: i for i, text in _control_tokens(tokenizer).items()}
+    for piece in _split_at(_template(tokenizer, cfg.system_prompt), controls):
+        if piece in controls:
+            ids.append(controls[piece])
         else:
             ids += plain_ids(tokenizer, piece.replace(_MARK, content))
     return ids
@@ -271,18 +273,21 @@ def _template(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -
     return rendered
 
 
-def _split_at(text: str, specials: dict[str, int]) -> list[str]:
-    "Cut a text into special tokens and what stands between them"
-    longest_first = sorted(specials, key=len, reverse=True)
+def _split_at(text: str, controls: dict[str, int]) -> list[str]:
+    "Cut a text into control tokens and what stands between them"
+    longest_first = sorted(controls, key=len, reverse=True)
     return [p for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p]
 
 # %% ../nbs/lib/students.ipynb #2629aa66
 def plain_ids(
     tokenizer: "PreTrainedTokenizerBase",
-    text: str,  # anything, special tokens included
+    text: str,  # anything, control tokens included
 ) -> list[int]:  # ordinary tokens only
     "Tokens of a text in which nothing is special"
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    controls = "|".join(map(re.escape, _control_tokens(tokenizer).values()))
+    cuts = [0, *(mark.start() + 1 for mark in re.finditer(f"(?={controls})", text)), len(text)]  # behind the first letter of each mark
+    pieces = [text[begin:end] for begin, end in pairwise(cuts)]
+    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
 
 # %% ../nbs/lib/students.ipynb #75355cd2
 def prompt_text(

@@ -90,6 +90,21 @@ def test_special_tokens_in_texts_are_plain(tokenizer, evil):
     assert tokenizer.decode(written[:-1]) == f"4 {evil}"
 
 
+@pytest.mark.parametrize("mark", ["<think>", "<tool_call>", "<|fim_prefix|>", "[INST]"])
+def test_marks_that_the_tokenizer_does_not_call_special_are_plain_in_texts_too(mark):
+    tokenizer = load_tokenizer(SMOL)
+    tokenizer.add_tokens([mark, "  \n  "])  # as Qwen and others list them: added, not special
+    mark_id = tokenizer.convert_tokens_to_ids(mark)
+    assert tokenizer(f"4 {mark} 5")["input_ids"].count(mark_id) == 1
+    text = f"4 {mark} 5{mark}{mark}  \n  <{mark}>"
+    assert mark_id not in plain_ids(tokenizer, text) and tokenizer.decode(plain_ids(tokenizer, text)) == text
+    assert plain_ids(tokenizer, "1  \n  2") == tokenizer("1  \n  2")["input_ids"], "no mark, no change"
+    tokenizer.chat_template += "{% if add_generation_prompt %}" + mark + "{% endif %}"
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "2 + 2?"}], add_generation_prompt=True)["input_ids"]
+    assert prompt_ids(tokenizer, "2 + 2?", SMOL) == expected and expected[-1] == mark_id
+    assert prompt_ids(tokenizer, f"2 {mark} 2?", SMOL).count(mark_id) == 1, "the template's own"
+
+
 def test_completion_ends_with_the_turn_and_pad_is_another_token(tokenizer):
     ids = completion_ids(tokenizer, "3 + 4 = 7\n#### 7\n\n")
     assert ids[-1] == end_of_turn_id(tokenizer) != tokenizer.pad_token_id
