@@ -24,7 +24,14 @@ import pandas as pd
 from .config import EvalConfig, EvalSetConfig, StudyConfig, Variant
 from .decoding import Completion, adapter_fingerprint, open_engine
 from .errors import InputError
-from .grading import RULES, final_answer, grade_by, is_correct
+from cot_distill.grading import (
+    RULES,
+    final_answer,
+    final_choice,
+    grade_by,
+    is_correct,
+    is_letter,
+)
 from .plots import teacher_color
 from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
@@ -176,11 +183,13 @@ def graded(
     "Grade one completion; raises `InputError` for a rule that there is not"
     if rule not in RULES:
         raise InputError(f"eval.rule must be one of {', '.join(RULES)}: got {rule!r}")
+    cut = completion.truncated
+    if is_letter(reference_answer):
+        letter = final_choice(completion.text, cut)
+        return letter, letter == reference_answer
     if rule == "final_answer":
-        cut = completion.truncated
-        return final_answer(completion.text, cut), is_correct(
-            completion.text, reference_answer, cut
-        )
+        right = is_correct(completion.text, reference_answer, cut)
+        return final_answer(completion.text, cut), right
     return RULES[rule](completion.text), grade_by(rule, completion.text, reference_answer)
 
 

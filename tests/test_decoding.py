@@ -112,6 +112,25 @@ def test_slots_are_refilled(model: Any) -> None:
     assert tally.slot_use > 0.8
 
 
+def test_limits_of_their_own(model: Any) -> None:
+    prompts, limits = random_prompts(7), [3, 30, 1, 12, 5, 20, 8]
+    got = dict(decode(model, Numbers(), prompts, limits, slots=4, stop=set()))
+    whole = dict(decode(model, Numbers(), prompts, 30, slots=4, stop=set()))
+    assert [got[i].n_tokens for i in range(7)] == limits
+    assert all(got[i].token_ids == whole[i].token_ids[: limits[i]] for i in range(7))
+
+
+def test_long_prompts_go_first_and_slots_stay_full(model: Any) -> None:
+    "Answers as long as their questions: with the longest ones last, most slots would wait for them"
+    rng = torch.Generator().manual_seed(1)
+    lengths = (1 + 60 * torch.rand(64, generator=rng) ** 3).int().tolist()
+    prompts = [torch.randint(0, VOCABULARY, (k,), generator=rng).tolist() for k in lengths]
+    tally = DecodeTally()
+    order = [i for i, _ in decode(model, Numbers(), prompts, lengths, 8, stop=set(), tally=tally)]
+    assert sorted(order) == list(range(64)) and tally.n_busy_slot_steps == sum(lengths) - 64
+    assert tally.slot_use > 0.9
+
+
 def test_the_shared_beginning_is_read_once(model: Any) -> None:
     prompts, tally = random_prompts(20, seed=6, shared=100), DecodeTally()
     n_threads = torch.get_num_threads()

@@ -19,7 +19,7 @@ from tiny_student import make_student, make_study
 
 from cot_distill import eval as evaluation
 from cot_distill.analysis import results_table
-from cot_distill.config import EvalConfig, StudentConfig, StudyConfig, to_toml
+from cot_distill.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.decoding import Completion, open_engine
 from cot_distill.errors import InputError
 from cot_distill.eval import (
@@ -223,6 +223,25 @@ def test_other_problem_sets(folder: Path, run: RunFolder, scripted: Any) -> None
         "two-step",
         ["more"],
     )
+
+
+def test_a_panel_of_multiple_choice(folder: Path, run: RunFolder, scripted: Any) -> None:
+    rows = [{"question": f"q{i}", "choices": ["x", "y", "z"], "answer": i} for i in range(3)]
+    path = folder / "mmlu.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    study = study_of(folder)
+    panel = EvalSetConfig(name="mmlu", source=str(path))
+    study = study.model_copy(update={"eval_sets": [*study.eval_sets, panel]})
+    give_adapter(run, study)
+    scripted(study, base=["#### A", "The answer is B.", "(C)", "no"], human=["A", "I like y.", "B"])
+    for variant in ("base", "human"):
+        run_eval(study, variant, run)
+    (other,) = write_results(study, run)["other_problem_sets"]
+    base, human = other["variants"]
+    assert other["problem_set"] == "mmlu" and (base["n_correct"], human["n_correct"]) == (3, 1)
+    assert (base["n_no_answer"], human["n_no_answer"]) == (0, 1)
+    assert read_parquet(run.eval_file("human", "mmlu"))["final_answer"].tolist()[::2] == ["A", "B"]
+    assert (human["vs_base"]["n_gained"], human["vs_base"]["n_lost"]) == (0, 2)
 
 
 def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scripted: Any) -> None:

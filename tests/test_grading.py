@@ -13,7 +13,14 @@ from grading_cases import CASES, TRUNCATED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cot_distill.grading import RULES, final_answer, grade_by, is_correct, same_number
+from cot_distill.grading import (
+    RULES,
+    final_answer,
+    final_choice,
+    grade_by,
+    is_correct,
+    same_number,
+)
 from cot_distill.quantities import exact_number, read_answer
 
 DATA = Path(os.environ.get("COT_DISTILL_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
@@ -74,6 +81,35 @@ def test_truncated(completion: str, answer: str | None) -> None:
 def test_same_number(one: str, other: str, same: bool) -> None:
     assert same_number(one, other) is same
     assert same_number(other, one) is same
+
+
+CHOICES = [
+    ("B", "B"), ("(B) 7", "B"), ("B. 7", "B"), ("B) Paris", "B"), ("The answer is B.", "B"), ("the answer is: b", None),
+    ("**Answer: (B)** 7 is prime.", "B"), (r"\boxed{B}", "B"), (r"$\boxed{\text{(B)}}$", "B"), ("#### B", "B"), ("####(B)", "B"),
+    ("A prime is 7. So option B.", "B"), ("A prime has two divisors.", None), ("No idea.", None), ("The answer is A dog.", None),
+    ("The answer is a dog.", None), ("The correct answer is option **B**: 7", "B"), ("<answer>B</answer>", "B"), ('{"answer": "B"}', "B"),
+    ("Option A is wrong, option B is right.", "B"), ("Answer: Because", None), ("Answer:\n\n**B) 7**", "B"), ("B\n\nA prime is odd.", "B"),
+    ("x\n**B**\n", "B"), ("The answer is B because A is even.", "B"), ("Answer: I don't know", None), ("A) 4\nB) 6\nC) 7\nD) 9", None),
+    ("A) 4\nB) 6\nSo the answer is (A).", "A"), ("<think>The answer is A.</think>The answer is B.", "B"), ("The answer is B.\nQuestion: 2?\nAnswer: C", "B"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("completion", "letter"), CHOICES)
+def test_choices(completion: str, letter: str | None) -> None:
+    assert final_choice(completion) == letter
+    assert is_correct(completion, "B") is (letter == "B")
+
+
+def test_a_choice_that_may_have_been_cut_is_none() -> None:
+    assert final_choice("The answer is B", truncated=True) is None
+    assert final_choice("The answer is B.", truncated=True) == "B"
+
+
+@pytest.mark.parametrize("unit", ["answer ", "option A", "\nB ", "#### (", "answer is (B"])
+def test_choices_of_ten_megabytes(unit: str) -> None:
+    began = time.process_time()
+    final_choice(unit * (10_000_000 // len(unit)))
+    assert time.process_time() - began < 2
 
 
 def test_every_dash_is_a_minus() -> None:

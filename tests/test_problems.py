@@ -38,6 +38,32 @@ def test_rows_in_the_forms_that_data_sets_use(row: dict, answer: str, solution: 
     assert (problem.reference_answer, problem.solution, set_aside) == (answer, solution, [])
 
 
+@pytest.mark.parametrize(
+    ("row", "letter"),
+    [
+        ({"question": "q?", "choices": ["x", "y", "z", "w"], "answer": 2, "subject": "s"}, "C"),
+        ({"question": "q?", "choices": ["x", "y"], "answer": "B"}, "B"),
+        ({"question": "q?", "choices": ["x", "y"], "answer": "y"}, "B"),
+        ({"question": "q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, "B"),
+    ],
+)
+def test_multiple_choice_in_the_forms_of_mmlu_and_arc(row: dict, letter: str):
+    (problem,), set_aside = parse_rows([row], "x")
+    assert (problem.reference_answer, set_aside) == (letter, [])
+    assert problem.question.startswith("q?\n\nA) x\nB) y") and "letter" in problem.question
+
+
+def test_a_choice_that_there_is_not_is_set_aside():
+    rows = [{"question": "q", "choices": ["x", "y"], "answer": 4}]
+    assert "none of 2 choices" in parse_rows(rows, "x")[1][0].reason
+
+
+def test_a_story_in_a_column_of_its_own():
+    row = {"ID": "chal-1", "Body": "Dan had $4.", "Question": "How much is half?", "Answer": 2.0}
+    (problem,), _ = parse_rows([row], "svamp")
+    assert (problem.question, problem.reference_answer) == ("Dan had $4. How much is half?", "2.0")
+
+
 def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path: Path, capsys: pytest.CaptureFixture):
     path = write(
         tmp_path / "p.jsonl",

