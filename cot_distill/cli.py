@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 CODES = "Exit codes: 0 all is well, 1 something broke, 2 the input cannot be used, 75 run it again later (quota, budget, provider down), 130 and 143 stopped by a signal."
 app = typer.Typer(help=f"Which teacher is worth its price? Several teachers explain, one small student learns from each, all are measured.\n\n{CODES}", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
-Config = Annotated[Path, typer.Argument(help="The study's TOML file.", show_default=False, metavar="CONFIG")]
-Teachers = Annotated[str, typer.Option(help="Only these, by their ids, commas between.", metavar="A,B", show_default="all")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many problems in every problem set.", show_default="the study's own")]
-RunDir = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<name of the study>")]
+Config = Annotated[Path, typer.Argument(help="The study's TOML file, such as configs/demo.toml.", show_default=False, metavar="CONFIG")]
+Teachers = Annotated[str, typer.Option(help="Only these, by their ids, such as human,deepseek.", metavar="A,B", show_default="all")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many problems in every problem set, such as 100; a run of its own.", metavar="N", show_default="the study's own")]
+RunDir = Annotated[Path | None, typer.Option(help="Folder of the run, such as /data/runs/pilot.", metavar="FOLDER", show_default="runs/<name of the study>")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="One setting of the study, such as --set train.epochs=2; may be given several times.", metavar="KEY=VALUE", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to standard output, for machines.")]
 
@@ -55,24 +55,26 @@ def parse_overrides(
 def run(
     config: Config,
     teachers: Teachers = "",
-    stages: Annotated[str, typer.Option(help="Only these: teachers, generate, train, eval, analyze, site.", metavar="A,B", show_default="all")] = "",
+    stages: Annotated[str, typer.Option(help="Only these of teachers, generate, train, eval, analyze, site; such as train,eval.", metavar="A,B", show_default="all")] = "",
     limit: Limit = None,
     run_dir: RunDir = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Side by side at most.", show_default="as many as make sense")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks side by side at most, such as 2.", metavar="N", show_default="as many as make sense")] = None,
     overrides: Overrides = None,
-    executor: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.", metavar="local|ray")] = "local",
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join.", show_default="RAY_ADDRESS, else one on this machine")] = None,
+    executor: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster, such as --executor ray --address auto.", metavar="local|ray")] = "local",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto or ray://head:10001.", metavar="ADDRESS", show_default="RAY_ADDRESS, else one on this machine")] = None,
     store: Annotated[str | None, typer.Option(help="Mirror of the run folder for clusters without a shared file system, such as s3://bucket/runs/demo.", show_default=False, metavar="URL")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its cost and time, run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its cost and time; run nothing, write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a study: every notebook under papermill, per teacher, and the pages that show what came out.
 
     A second call does only what is missing. Ctrl-C saves what is finished.
 
-    Example: cot-distill run configs/demo.toml
+    Example: [bold]cot-distill run configs/demo.toml[/]
 
     Example: [bold]cot-distill run configs/gsm8k.toml --teachers deepseek,human --dry-run[/]
+
+    Example: [bold]cot-distill run configs/gsm8k.toml --stages eval,analyze,site --json[/]
 
     Example: [bold]cot-distill run configs/gsm8k.toml --executor ray --store s3://bucket/runs/gsm8k[/]
     """
@@ -83,9 +85,9 @@ def run(
     from cot_distill.pipeline import batch_summary, prepare_batch, run_prepared
 
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-    batch = prepare_batch(config, comma_list(teachers), comma_list(stages), limit, run_dir, parse_overrides(overrides))
+    batch = prepare_batch(config, comma_list(teachers), comma_list(stages), limit, run_dir, parse_overrides(overrides), dry=dry_run)
     if dry_run:
-        _show_plan(batch, as_json)
+        _show_plan(batch, jobs, as_json)
         return
     cluster = {"address": address, "store": store} if executor == "ray" else None
     code = run_prepared(batch, console, jobs, cluster)
@@ -119,18 +121,24 @@ def _show_results(run: "RunFolder") -> None:
     console.print(f"\n{page if page.exists() else run.path}", soft_wrap=True)
 
 
-def _show_plan(batch: Any, as_json: bool) -> None:
+def _show_plan(batch: Any, jobs: int | None, as_json: bool) -> None:
     "The plan with its estimates"
-    from cot_distill.board import plan_report, plan_table
-    from cot_distill.executors import visible_gpus
+    from cot_distill.board import plan_report, plan_table, seconds_left
+    from cot_distill.executors import LocalExecutor
 
-    rows = plan_report(batch, bool(visible_gpus(batch.study)))
-    asking = [job.variant for job in batch.jobs if job.stage == "generate" and batch.states[job.name] != "done"]
-    quotes = _quotes(batch.study, asking) if asking else {}
+    here = LocalExecutor(batch.study, batch.run, batch.nbs, jobs)
+    batch.places = here.n_places
+    rows, seconds = plan_report(batch, here.has_gpu), seconds_left(batch)
+    due = [job.variant for job in batch.jobs if job.stage == "generate" and batch.states[job.name] != "done"]
+    try:
+        quotes = _quotes(batch.study, due)
+    except InputError as err:  # the problems cannot be read yet, so nobody can count their words
+        print(f"no dollars: {err}", file=sys.stderr)
+        quotes = None
     if as_json:
-        _print_json({"study": batch.study.name, "run_dir": str(batch.run.path), "jobs": rows, "quotes": quotes})
+        _print_json({"study": batch.study.name, "run_dir": str(batch.run.path), "jobs": rows, "seconds": seconds, "quotes": quotes})
         return
-    _console().print(plan_table(rows, {teacher: quote.get("usd") for teacher, quote in quotes.items()}))
+    _console().print(plan_table(rows, seconds, quotes and {teacher: quote["usd"] for teacher, quote in quotes.items()}))
 
 # %% ../nbs/lib/cli.ipynb #d40d7d52
 def _open(config: Path, limit: int | None, run_dir: Path | None, overrides: list[str] | None) -> "tuple[StudyConfig, RunFolder]":
@@ -202,7 +210,7 @@ def train(
 @app.command(name="eval")
 def evaluate(
     config: Config,
-    students: Annotated[str, typer.Option("--teachers", help="Students of these teachers; `base` is the untrained one.", metavar="A,B", show_default="base and all")] = "",
+    students: Annotated[str, typer.Option("--teachers", help="Students of these teachers, such as base,human; `base` is the untrained one.", metavar="A,B", show_default="base and all")] = "",
     limit: Limit = None,
     run_dir: RunDir = None,
     overrides: Overrides = None,
@@ -265,40 +273,55 @@ def quote(config: Config, teachers: Teachers = "", limit: Limit = None, override
     """Say what asking the teachers will cost, before anything is sent.
 
     Example: [bold]cot-distill quote configs/gsm8k.toml --teachers gpt-4o-mini[/]
-    """
-    from rich.table import Table
 
+    Example: [bold]cot-distill quote configs/gsm8k.toml --set generate.n_samples=4 --json[/]
+    """
     from cot_distill.config import load_study
 
     study = load_study(config, limit=limit, overrides=parse_overrides(overrides))
-    quotes = _quotes(study, comma_list(teachers) or list(study.teachers))
+    names = comma_list(teachers) or list(study.teachers)
+    quotes = _quotes(study, names)
     if as_json:
         _print_json(quotes)
         return
+    if quotes:
+        _console().print(_quote_table(quotes))
+    if free := [name for name in names if name not in quotes]:
+        print(f"{', '.join(free)}: nobody is asked, nothing is paid")
+
+
+def _quotes(study: "StudyConfig", teachers: list[str]) -> dict[str, dict[str, Any]]:
+    "What each teacher that has to be asked will cost"
+    asked = [name for name in teachers if study.teacher(name).provider not in ("human", "recorded")]
+    if not asked:
+        return {}
+    from cot_distill.generate import quote as quote_study
+
+    return {name: dict(one) for name, one in quote_study(study, asked).items()}
+
+
+def _quote_table(quotes: dict[str, dict[str, Any]]) -> Any:
+    "One row a teacher, and their sum"
+    from rich.table import Table
+
     columns = list(dict.fromkeys(key for one in quotes.values() for key in one))
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("teacher", *(key.replace("_", " ") for key in columns)):
         table.add_column(heading, justify="left" if heading == "teacher" else "right")
-    for name, one in quotes.items():
-        table.add_row(name, *(_cell(one.get(key)) for key in columns))
-    _console().print(table)
-
-
-def _quotes(study: "StudyConfig", teachers: list[str]) -> dict[str, dict[str, Any]]:
-    "What each teacher will cost"
-    from cot_distill.generate import quote as quote_study
-
-    return {name: dict(one) for name, one in quote_study(study, teachers).items()}
+    whole = {key: sum(one.get(key) or 0 for one in quotes.values()) for key in columns if "minutes" not in key}
+    for name, one in [*quotes.items(), ("all", whole)][: None if len(quotes) > 1 else 1]:
+        table.add_row(name, *(_cell(one.get(key)) for key in columns), style="bold" if one is whole else None)
+    return table
 
 
 def _cell(value: Any) -> str:
     "A number for a table"
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 # %% ../nbs/lib/cli.ipynb #2f984e31
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="A study's TOML file; without one only the machine is examined.", show_default=False, metavar="[CONFIG]")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A study's TOML file, such as configs/demo.toml; without one only the machine is examined.", show_default=False, metavar="CONFIG")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Look whether this machine has what a study needs, and say what to do where it has not.
@@ -306,6 +329,8 @@ def doctor(
     Exit code 0: nothing stands in the way; 2: something does.
 
     Example: [bold]cot-distill doctor configs/gsm8k.toml[/]
+
+    Example: [bold]cot-distill doctor configs/demo.toml --json[/]
     """
     from dataclasses import asdict
 
@@ -326,13 +351,15 @@ def doctor(
 # %% ../nbs/lib/cli.ipynb #8e8cdb05
 @app.command()
 def diff(
-    run_a: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-    run_b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    run_a: Annotated[Path, typer.Argument(help="A run folder, such as runs/demo.", show_default=False, metavar="RUN_A")],
+    run_b: Annotated[Path, typer.Argument(help="Another one, such as reports/demo.", show_default=False, metavar="RUN_B")],
     as_json: AsJson = False,
 ) -> None:
     """Say what differs between two runs: settings, packages, hardware, results. Exit code 1 when anything does.
 
     Example: [bold]cot-distill diff runs/demo runs/demo-seed1[/]
+
+    Example: [bold]cot-distill diff runs/demo reports/demo --json[/]
     """
     from cot_distill.pipeline import compare_runs
 
@@ -350,7 +377,7 @@ def diff(
 
 @app.command()
 def site(
-    out: Annotated[Path, typer.Option(help="Folder of the website.")] = Path("_site"),
+    out: Annotated[Path, typer.Option(help="Folder of the website, such as public.", metavar="FOLDER")] = Path("_site"),
 ) -> None:
     """Make the website from the notebooks, the published reports and the results; rendered where Quarto is installed.
 

@@ -7,6 +7,7 @@ __all__ = ['LOCAL_ONLY', 'SEND_EVERY_S', 'changed_files', 'push', 'pull', 'disca
            'RayExecutor']
 
 # %% ../nbs/lib/cluster.ipynb #58e9283d
+import json
 import os
 import sqlite3
 import time
@@ -19,7 +20,7 @@ from .config import StudyConfig, load_study
 from .errors import InputError
 from .executors import LocalExecutor
 from .plan import Job, path_facts
-from .runs import RunFolder, atomic_path, locked, read_json, write_json
+from .runs import RunFolder, atomic_path, entries_of, locked, read_json, recorded_stages, write_json, write_run_json
 
 # %% ../nbs/lib/cluster.ipynb #5068a260
 LOCAL_ONLY = (".lock", ".part", "-wal", "-shm", "-journal", ".mirror.json")  # endings of files that mean nothing elsewhere
@@ -216,15 +217,14 @@ def merge_run(
     job: Job,  # that has ended elsewhere
 ) -> None:
     "Fetch what a job wrote, and of the files that all jobs write together only its own part"
-    mine = read_json(run.run_json) if run.run_json.exists() else {"stages": {}}
     shared = ("config.toml", "results.json", "run.json")
     pull(store, run.path, lambda name: name not in shared and "/checkpoints/" not in name)
-    if "run.json" not in pull(store, run.path, lambda name: name == "run.json"):
+    fs, root = _open(store)
+    if not fs.exists(f"{root}/run.json"):
         return
-    key = f"{job.stage}/{job.variant}" if job.variant else job.stage
+    theirs = json.loads(fs.cat_file(f"{root}/run.json"))["stages"]
     with locked(run.path / ".run.lock", wait=True):
-        theirs = read_json(run.run_json)["stages"]
-        write_json(run.run_json, {"stages": mine["stages"] | {k: v for k, v in theirs.items() if k == key or k not in mine["stages"]}})
+        write_run_json(run, theirs | recorded_stages(run) | entries_of(theirs, job.stage, job.variant))
 
 # %% ../nbs/lib/cluster.ipynb #eb96c099
 class Mirror:
@@ -270,6 +270,8 @@ class RayExecutor:
         self.total = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
         self.node_cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]), default=1.0)
         self.used = dict.fromkeys(self.total, 0.0)
+        self.has_gpu = self.total["GPU"] > 0 and batch.study.student.device != "cpu"
+        self.n_places = max(1, int(self.total["GPU"] if self.has_gpu else self.total["CPU"] // self.node_cores))
 
     def start(self, job: Job, parameters: Mapping[str, Any]) -> RayWork | None:
         "Begin a job; None while the cluster is busy"
@@ -286,8 +288,7 @@ class RayExecutor:
         "What Ray shall set aside for a job"
         if job.lane != "compute":
             return {"CPU": 1.0, "GPU": 0.0}
-        on_gpu = self.total["GPU"] > 0 and self.batch.study.student.device != "cpu"
-        return {"CPU": 1.0, "GPU": 1.0} if on_gpu else {"CPU": self.node_cores, "GPU": 0.0}
+        return {"CPU": 1.0, "GPU": 1.0} if self.has_gpu else {"CPU": self.node_cores, "GPU": 0.0}
 
     def close(self) -> None:
         "Leave the cluster"

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from .config import StudyConfig, TeacherConfig, is_path
 from .errors import InputError
+from .runs import gpu_names
 
 # %% ../nbs/lib/doctor.ipynb #360cf7ad
 @dataclass(frozen=True)
@@ -75,22 +76,13 @@ def check_hardware(
     import psutil
 
     memory_gb, free_gb = psutil.virtual_memory().total / 2**30, shutil.disk_usage(folder).free / 2**30
-    gpus = _gpu_names()
+    gpus = gpu_names()
     gpu_advice = "" if gpus or not need_gpu else "this student wants a GPU: rent one (docs: beyond one machine), or try configs/demo.toml here"
     return [
         Finding("memory", "ok" if memory_gb >= 6 else "warn", f"{memory_gb:.0f} GB, {os.cpu_count()} cores", "" if memory_gb >= 6 else "training the demo's student peaks near 5 GB; close other programs"),
         Finding("GPU", "ok" if gpus or not need_gpu else "warn", ", ".join(gpus) or "none", gpu_advice),
         Finding("disk", "ok" if free_gb >= 5 else "warn" if free_gb >= 1 else "fail", f"{free_gb:.0f} GB free", "" if free_gb >= 5 else "models and checkpoints want 5 GB; make room or use --run-dir on another disk"),
     ]
-
-
-def _gpu_names() -> list[str]:
-    "GPUs by the driver's own tool; none where there is no driver"
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 # %% ../nbs/lib/doctor.ipynb #02eb92fb
 def check_torch(
@@ -103,7 +95,7 @@ def check_torch(
     if done.returncode != 0:
         return Finding("torch", "fail", (done.stderr.strip().splitlines() or ["no message"])[-1][:200], "install again: make env")
     version, cuda = json.loads(done.stdout)
-    blind = bool(_gpu_names()) and not cuda
+    blind = bool(gpu_names()) and not cuda
     advice = "there is a GPU that this build of torch cannot use; install a CUDA build of the same version" if blind else ""
     return Finding("torch", "warn" if blind else "ok", f"{version}, {'CUDA' if cuda else 'processor only'}", advice)
 

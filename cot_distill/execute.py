@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, exit_code_of
+from .footer import with_footer
 from .keys import KEY_SHAPES
-from .runs import atomic_path, write_json
+from .runs import RunFolder, atomic_path, write_json
 
 # %% ../nbs/lib/execute.ipynb #10fac600
 def declared_parameters(
@@ -162,6 +163,9 @@ class Order:
     cwd: str  # working directory of the notebook
     private: str  # folder for the kernel description and the kernel's process id
     secret_names: tuple[str, ...] = ()  # variables that hold keys
+    stage: str = ""  # such as `train`; with `run_dir` it gives the report its footer
+    variant: str | None = None
+    run_dir: str = ""
 
     @property
     def partial(self) -> Path:  # on the same disk as the report
@@ -175,14 +179,17 @@ def keep_report(
     "Clean what papermill has written so far and move it to its place; nothing happens when there is nothing"
     if not order.partial.exists():
         return
-    places = {str(Path.home()): "~", str(Path(order.cwd).parent): "."}
-    text = scrub(order.partial.read_text(encoding="utf-8"), secret_values(os.environ, order.secret_names), places)
+    text = order.partial.read_text(encoding="utf-8")
     try:
         notebook = json.loads(text)
         notebook["metadata"]["papermill"]["output_path"] = os.path.relpath(order.report, order.cwd)
-        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     except (ValueError, KeyError):  # cut off in the middle of a line: still worth reading
-        pass
+        notebook = None
+    if notebook and order.run_dir:
+        notebook = with_footer(notebook, RunFolder(order.run_dir), order.stage, order.variant)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n" if notebook else text
+    places = {str(Path.home()): "~", str(Path(order.cwd).parent): "."}
+    text = scrub(text, secret_values(os.environ, order.secret_names), places)
     with atomic_path(order.report) as part:
         part.write_text(text, encoding="utf-8")
     order.partial.unlink()

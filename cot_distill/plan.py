@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'NOTEBOOKS', 'Job', 'job_parameters', 'plan_jobs', 'path_facts', 'record_path', 'record_job', 'read_facts',
-           'is_done', 'count_problems', 'estimate_seconds', 'job_kind']
+           'is_done', 'count_problems', 'work_of', 'job_kind', 'estimate_seconds', 'billions']
 
 # %% ../nbs/lib/plan.ipynb #c0a7a2fd
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -204,6 +205,34 @@ def count_problems(
     return min(max(n - problems.offset, 0), problems.limit or n)
 
 # %% ../nbs/lib/plan.ipynb #8dfd467f
+def work_of(
+    job: Job,
+    study: StudyConfig,
+) -> float | None:  # problems times passes over them; None when only reading them all would tell
+    "How much there is to do, in units that take about the same time within one kind of job"
+    sets = study.eval_sets if job.stage == "eval" else [study.problems]
+    counts = [count_problems(s, study.source(s.source)) for s in sets]
+    if job.variant is None or None in counts:
+        return None
+    passes = {
+        "generate": study.generate.n_samples,
+        "train": study.train.epochs,
+        "eval": study.eval.n_samples * (1 + len(study.eval.base_prompts) if job.variant == "base" else 1),
+    }
+    return sum(counts) * passes[job.stage]
+
+
+def job_kind(
+    job: Job,
+    study: StudyConfig,
+) -> str:  # jobs of one kind take about the same time a unit of work
+    "What must agree before one job's time says something about another's"
+    if job.variant is None:
+        return job.stage
+    who = study.teacher(job.variant).model if job.stage == "generate" else study.student.model
+    return f"{job.stage} {who} {study.student.device}"
+
+# %% ../nbs/lib/plan.ipynb #97f131d0
 def estimate_seconds(
     job: Job,
     study: StudyConfig,
@@ -211,48 +240,39 @@ def estimate_seconds(
     gpu: bool,  # whether compute runs on a GPU
 ) -> tuple[float | None, bool]:  # seconds, and whether they were measured here
     "How long a job will take, start of its kernel included"
-    n = _work(job, study)
-    if seconds := _measured(job, study, run, n):
+    n = work_of(job, study)
+    if (seconds := _measured(job, study, run, n)) is not None:
         return seconds, True
-    if n is None or job.lane == "light":
-        return (15.0 if job.lane == "light" else None), False
-    billions = _billions(study.student.model)
-    if job.stage == "train":
-        return 20 + n * 150 * study.train.epochs / ((8000 / billions) if gpu else (12 / billions)), False
-    if job.stage == "eval":
-        return 20 + n * min(study.eval.max_new_tokens, 150) / ((4000 / billions) if gpu else (13 / billions)), False
-    teacher = study.teacher(job.variant)
-    per_s = min((teacher.rpm or 600) / 60, teacher.max_in_flight / 8)
-    return 15 + n * study.generate.n_samples / per_s, False
+    if job.variant is None:
+        return 15.0, False
+    if n is None:
+        return None, False
+    if job.stage == "generate":
+        teacher = study.teacher(job.variant)
+        per_s = min((teacher.rpm or 600) / 60, teacher.max_in_flight / 8) if job.lane == "api" else 200 if job.lane == "light" else 0.1
+        return 15 + n / per_s, False
+    tokens = n * (150 if job.stage == "train" else min(study.eval.max_new_tokens, 150))
+    per_s = {"train": (8000, 40), "eval": (4000, 20)}[job.stage][0 if gpu else 1] / billions(study.student.model)
+    return 30 + tokens / per_s, False
 
 
-def _work(job: Job, study: StudyConfig) -> int | None:
-    "Problems that a job works through"
-    sets = study.eval_sets if job.stage == "eval" else [study.problems]
-    counts = [count_problems(s, study.source(s.source)) for s in sets]
-    return None if None in counts else sum(counts)
-
-
-def _billions(model: str) -> float:
+def billions(
+    model: str,  # such as `Qwen/Qwen2.5-1.5B-Instruct`
+) -> float:  # 1.5 where the name does not say
     "Parameters of a model, in billions, as far as its name says so"
     found = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", model.lower())
     return float(found[1]) / (1 if found[2] == "b" else 1000) if found else 1.5
 
-# %% ../nbs/lib/plan.ipynb #97f131d0
-def _measured(job: Job, study: StudyConfig, run: RunFolder, n: int | None) -> float | None:
-    "Seconds by the newest record of such a job on this machine"
-    records = sorted(run.path.resolve().parent.glob(f"*/.jobs/{job.stage}*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in records:
-        record = read_json(path)
-        if record.get("kind") == job_kind(job, study) and record.get("n") and n:
-            return 10 + max(record["wall_s"] - 10, 1) * n / record["n"]
-    return None
-
-
-def job_kind(
-    job: Job,
-    study: StudyConfig,
-) -> str:  # jobs of one kind take about the same time a problem
-    "What must agree before one job's time says something about another's"
-    who = study.teacher(job.variant).model if job.stage == "generate" else study.student.model
-    return f"{job.stage} {who} {study.student.device}"
+# %% ../nbs/lib/plan.ipynb #95f14f9c
+def _measured(job: Job, study: StudyConfig, run: RunFolder, n: float | None) -> float | None:
+    "Seconds by the record of such a job on this machine that is nearest in size; the notebook around the work takes as long as it took"
+    paths = run.path.resolve().parent.glob(f"*/.jobs/{job.stage}*.json")
+    records = [r for r in map(read_json, sorted(paths, key=lambda p: -p.stat().st_mtime)) if r.get("kind") == job_kind(job, study)]
+    if n is None:
+        return records[0]["wall_s"] if records and job.variant is None else None
+    sized = [r for r in records if r.get("n") and "stage_s" in r]
+    if not sized or not n:
+        return None
+    nearest = min(sized, key=lambda r: abs(math.log(n / r["n"])))
+    around_s = max(nearest["wall_s"] - nearest["stage_s"], 0) or nearest["wall_s"]
+    return around_s + nearest["stage_s"] * n / nearest["n"]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPERATIONAL', 'PACKAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'read_parquet', 'fingerprint',
            'file_fingerprint', 'begin_stage', 'stage_marker', 'finish_stage', 'stage_state', 'locked', 'RunFolder',
-           'project_root', 'open_run', 'open_chapter', 'hardware', 'provenance', 'record_run']
+           'project_root', 'open_run', 'study_in', 'open_chapter', 'usable_cores', 'gpu_names', 'hardware',
+           'provenance', 'record_run', 'write_run_json', 'recorded_stages', 'entries_of']
 
 # %% ../nbs/lib/runs.ipynb #a3ef59fc
 import errno
@@ -248,19 +249,28 @@ def open_run(
     "Make or reopen a run folder; raises `InputError` when another study lies there"
     run = RunFolder(run_dir or Path(os.path.relpath(project_root() / "runs" / study.name)))
     with locked(run.path / ".config.lock", wait=True):
+        study_in(run, study)
         new = to_toml(study, run.path)
-        if run.config_file.exists():
-            _same_study(run, new)
         if not run.config_file.exists() or run.config_file.read_text(encoding="utf-8") != new:
             with atomic_path(run.config_file) as part:
                 part.write_text(new, encoding="utf-8")
     return run
 
 
-def _same_study(run: RunFolder, new: str) -> None:
+def study_in(
+    run: RunFolder,  # need not exist
+    study: StudyConfig,
+) -> StudyConfig:  # its paths start at the run folder
+    "A study as the run folder keeps it, nothing written; raises `InputError` when another study lies there"
+    moved = parse_study(tomllib.loads(to_toml(study, run.path)), run.path)
+    if run.config_file.exists():
+        _same_study(run, moved)
+    return moved
+
+
+def _same_study(run: RunFolder, study: StudyConfig) -> None:
     "Refuse a study that changes what an earlier call in this folder has used"
-    studies = load_study(run.config_file), parse_study(tomllib.loads(new), run.path)
-    changes = difference(*(study.model_dump(exclude_none=True) for study in studies))
+    changes = difference(*(one.model_dump(exclude_none=True) for one in (load_study(run.config_file), study)))
     refused = {k: v for k, v in changes.items() if v[0] is not None and not OPERATIONAL & set(k.split("."))}
     if refused:
         lines = "; ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in refused.items())
@@ -272,7 +282,9 @@ def open_chapter(
     limit: int = 0,  # at most so many problems in every problem set; 0 is the study's own
     run_dir: str = "",  # empty: `runs/<name>`, or a scratch folder for the study `lesson`
 ) -> tuple[StudyConfig, RunFolder]:
-    "What the parameters of a numbered notebook mean"
+    "What the parameters of a numbered notebook mean; a report opened where it lies means the run it lies in"
+    if Path.cwd().name == "reports" and Path("../config.toml").exists():
+        config, run_dir = "../config.toml", ".."
     path = Path(config) if Path(config).exists() else project_root() / config
     study = load_study(path, limit=limit or None)
     if not run_dir and study.name == "lesson":
@@ -300,16 +312,32 @@ def _version(package: str) -> str | None:
         return None
 
 # %% ../nbs/lib/runs.ipynb #22dfa2a8
+def usable_cores() -> int:  # at least 1
+    "Processor cores this process may use, a container's limit included"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or `max`
+        pass
+    return cores
+
+
+def gpu_names() -> list[str]:
+    "GPUs by the driver's own tool, so that nobody has to load torch to know them; none where there is no driver"
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+# %% ../nbs/lib/runs.ipynb #e32a61a0
 def hardware() -> dict[str, Any]:  # processor, cores, memory in GB, GPU names
     "What the numbers were computed on"
     import psutil
 
     cpu = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    gpus = []
-    if "torch" in sys.modules:  # asking is free only where torch is loaded anyway
-        torch = sys.modules["torch"]
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "gpus": gpus}
+    return {"cpu": cpu, "cores": usable_cores(), "memory_gb": round(psutil.virtual_memory().total / 2**30, 1), "gpus": gpu_names()}
 
 
 def _lines(path: str) -> list[str]:
@@ -342,8 +370,43 @@ def record_run(
     **facts: Any,  # JSON values: wall_s, prompt_tokens, cost_usd, ...
 ) -> None:
     "Write one stage's facts, with their provenance, into `run.json`"
-    entry = facts | {"finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "provenance": provenance()}
+    entry = facts | {"finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "inputs": _stage_inputs(run, stage, variant), "provenance": provenance()}
     with locked(run.path / ".run.lock", wait=True):
-        data = read_json(run.run_json) if run.run_json.exists() else {"stages": {}}
-        data["stages"][f"{stage}/{variant}" if variant else stage] = entry
-        write_json(run.run_json, data)
+        write_run_json(run, recorded_stages(run) | {f"{stage}/{variant}" if variant else stage: entry})
+
+
+def write_run_json(
+    run: RunFolder,
+    stages: Mapping[str, Mapping[str, Any]],  # `stage/variant` -> facts
+) -> None:
+    "Write `run.json` whole: the resolved study, every stage, what they took together; the caller holds `.run.lock`"
+    study = tomllib.loads(run.config_file.read_text(encoding="utf-8")) if run.config_file.exists() else None
+    totals = {key: round(sum(facts.get(key) or 0 for facts in stages.values()), 6) for key in ("wall_s", "prompt_tokens", "completion_tokens", "cost_usd")}
+    write_json(run.run_json, {"study": study, "stages": dict(stages), "totals": totals})
+
+
+def recorded_stages(
+    run: RunFolder,
+) -> dict[str, dict[str, Any]]:  # `stage/variant` -> facts; empty before the first stage has ended
+    "What `run.json` knows of the stages"
+    return read_json(run.run_json)["stages"] if run.run_json.exists() else {}
+
+
+def entries_of(
+    stages: Mapping[str, dict[str, Any]],  # from `recorded_stages`
+    stage: str,  # such as `eval`, which has one entry for each problem set
+    variant: str | None,
+) -> dict[str, dict[str, Any]]:  # key -> facts
+    "Those of one stage of one variant"
+    names = {key: key.partition("/") for key in stages}
+    return {key: stages[key] for key, (name, _, whose) in names.items() if name.partition(" ")[0] == stage and (whose or None) == variant}
+
+# %% ../nbs/lib/runs.ipynb #4a91a831
+def _stage_inputs(run: RunFolder, stage: str, variant: str | None) -> dict[str, Any] | None:
+    "What the marker of a stage says it was made from; None where there is no marker"
+    kind, _, part = stage.partition(" ")
+    folders = {"generate": run.teacher_dir, "train": run.student_dir, "eval": run.eval_dir}
+    if variant is None or kind not in folders:
+        return None
+    marker = stage_marker(folders[kind](variant), part or kind)
+    return read_json(marker)["inputs"] if marker.exists() else None
