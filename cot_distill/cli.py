@@ -62,13 +62,13 @@ def run(
     overrides: Overrides = None,
     executor: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster, such as --executor ray --address auto.", metavar="local|ray")] = "local",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto or ray://head:10001.", metavar="ADDRESS", show_default="RAY_ADDRESS, else one on this machine")] = None,
-    store: Annotated[str | None, typer.Option(help="Mirror of the run folder for clusters without a shared file system, such as s3://bucket/runs/demo.", show_default=False, metavar="URL")] = None,
+    store: Annotated[str | None, typer.Option(help="Keep the run folder there too, such as s3://bucket/runs/demo: for rented machines, and for clusters without a shared file system.", show_default=False, metavar="URL")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its cost and time; run nothing, write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a study: every notebook under papermill, per teacher, and the pages that show what came out.
 
-    A second call does only what is missing. Ctrl-C saves what is finished.
+    A second call does only what is missing. Ctrl-C saves what is finished. More machines, rented ones: see the chapter "Cluster".
 
     Example: [bold]cot-distill run configs/demo.toml[/]
 
@@ -85,12 +85,11 @@ def run(
     from cot_distill.pipeline import batch_summary, prepare_batch, run_prepared
 
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-    batch = prepare_batch(config, comma_list(teachers), comma_list(stages), limit, run_dir, parse_overrides(overrides), dry=dry_run)
+    batch = prepare_batch(config, comma_list(teachers), comma_list(stages), limit, run_dir, parse_overrides(overrides), dry=dry_run, store=store)
     if dry_run:
         _show_plan(batch, jobs, as_json)
         return
-    cluster = {"address": address, "store": store} if executor == "ray" else None
-    code = run_prepared(batch, console, jobs, cluster)
+    code = run_prepared(batch, console, jobs, executor == "ray", address, store)
     if as_json:
         _print_json(batch_summary(batch, code))
     elif batch.run.results_json.exists():

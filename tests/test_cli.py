@@ -38,6 +38,27 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert "\x1b[" not in done.stdout, "no colours where there is no terminal"
 
 
+def test_every_option_has_help_and_an_example() -> None:
+    "In an example of its command, or in its own help"
+    from typer.main import get_command
+
+    from cot_distill.cli import app
+
+    commands = get_command(app).commands
+    assert sorted(commands) == sorted(COMMANDS)
+    for name, command in commands.items():
+        examples = [line for line in command.help.splitlines() if line.startswith("Example: ")]
+        for option in command.params:
+            shown = any(flag in line for flag in option.opts for line in examples)
+            assert option.help and (shown or "such as" in option.help), f"{name} {option.opts}"
+
+
+def test_shells_can_complete_commands_and_options() -> None:
+    words = {"_COT_DISTILL_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    assert call(**words, COMP_WORDS="cot-distill d").stdout.split() == ["doctor", "diff"]
+    assert "--dry-run" in call(**words | {"COMP_CWORD": "2"}, COMP_WORDS="cot-distill run --d").stdout
+
+
 def test_exit_codes_are_documented() -> None:
     text = " ".join(call("--help").stdout.split())
     assert all(part in text for part in ("0 all is well", "2 the input cannot be used", "75 run it again later", "130 and 143 stopped by a signal"))
@@ -99,7 +120,18 @@ def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0 and "train human" in done.stdout and "rough" in done.stdout
     plan = json.loads(call("run", study, "--stages", "train,eval", "--dry-run", "--json", cwd=tmp_path).stdout)
     assert [job["job"] for job in plan["jobs"]] == ["eval base", "train human", "eval human"]
-    assert names(tmp_path) == []
+    assert plan["seconds"] > 0 and plan["quotes"] == {}
+    assert names(tmp_path) == [] and not (tmp_path / "runs").exists()
+
+
+def test_only_those_who_are_asked_are_quoted(tmp_path: Path) -> None:
+    done = call("quote", "configs/lesson.toml")
+    assert done.returncode == 0 and done.stdout == "human, recorded: nobody is asked, nothing is paid\n"
+    study = make_project(tmp_path, "gpt", "other", provider="openai")
+    quotes = json.loads(call("quote", study, "--json", cwd=tmp_path).stdout)
+    assert set(quotes) == {"gpt", "other"} and quotes["gpt"]["requests"] == 4
+    rows = [line.split() for line in call("quote", study, cwd=tmp_path).stdout.splitlines()]
+    assert [row[0] for row in rows] == ["teacher", "gpt", "other", "all"] and rows[-1][1] == "8"
 
 
 def test_doctor_never_shows_a_key(tmp_path: Path) -> None:

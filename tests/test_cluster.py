@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import sqlite3
 import threading
@@ -14,9 +16,13 @@ from rich.console import Console
 from stand_ins import make_project, names, orders, seen
 from test_pipeline import NO_PAGES, results, run
 
-from cot_distill.cluster import changed_files, discard, pull, push
+from cot_distill.cluster import changed_files, discard, pull, push, send
+from cot_distill.config import load_study
 from cot_distill.errors import InputError
 from cot_distill.pipeline import prepare_batch, run_prepared
+
+ROOT = Path(__file__).resolve().parents[1]
+RENTAL = ROOT / "configs/rent-a-gpu.sky.yaml"
 
 
 def test_a_folder_travels_and_only_changes_are_sent(tmp_path: Path) -> None:
@@ -57,7 +63,61 @@ def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypat
     study = make_project(tmp_path, "human")
     batch = prepare_batch(study, run_dir=tmp_path / "runs/small", nbs=tmp_path / "nbs")
     with pytest.raises(InputError, match=r"pip install 'cot-distill\[ray\]'"):
-        run_prepared(batch, Console(file=open(os.devnull, "w")), cluster={"address": None, "store": None})
+        run_prepared(batch, Console(file=open(os.devnull, "w")), ray=True)
+
+
+def test_a_vanished_file_vanishes_from_the_store(tmp_path: Path) -> None:
+    folder, store, known = tmp_path / "here", f"file://{tmp_path}/store", {}
+    (folder / "checkpoints").mkdir(parents=True)
+    for step in (10, 20):
+        (folder / f"checkpoints/{step}").write_text("weights")
+        send(folder, store, known)
+        (folder / "checkpoints/10").unlink(missing_ok=True)
+    send(folder, store, known)
+    assert [path.name for path in sorted((tmp_path / "store/checkpoints").iterdir())] == ["20"]
+
+
+def kept(study: Path, store: str, run_dir: Path) -> int:
+    batch = prepare_batch(study, stages=["generate", "train"], run_dir=run_dir, nbs=study.parent / "nbs", store=store)
+    return run_prepared(batch, Console(file=open(os.devnull, "w")), store=store)
+
+
+def test_a_lost_machine_costs_nothing_that_was_kept(tmp_path: Path) -> None:
+    study, store = make_project(tmp_path / "p", "a"), f"file://{tmp_path}/store"
+    orders(study.parent, train_a={"raise": "ZeroDivisionError"})
+    assert kept(study, store, tmp_path / "p/runs/lost") == 1
+    shutil.rmtree(tmp_path / "p/runs/lost")
+    orders(study.parent)
+    assert kept(study, store, tmp_path / "p/runs/next") == 0
+    assert names(study.parent) == ["generate a", "train a", "train a"], "what was generated on the lost machine was not generated again"
+    assert kept(study, store, tmp_path / "p/runs/third") == 0 and len(names(study.parent)) == 3
+    with pytest.raises(InputError, match="written by another machine"):
+        kept(study, store, tmp_path / "p/runs/next")
+
+
+def test_a_store_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--store nowhere://x cannot be opened.*s3fs"):
+        kept(make_project(tmp_path, "a"), "nowhere://x", tmp_path / "runs/small")
+
+
+def test_the_rental_task_fits_the_command_line() -> None:
+    "What SkyPilot is told to run are commands and options that exist; its own schema agrees where it is installed"
+    import yaml
+    from typer.main import get_command
+
+    from cot_distill.cli import app
+
+    task = yaml.safe_load(RENTAL.read_text(encoding="utf-8"))
+    commands = get_command(app).commands
+    for line in task["run"].strip().splitlines():
+        words = shlex.split(line.partition("||")[0])
+        known = {flag for option in commands[words[1]].params for flag in option.opts}
+        assert words[0].endswith("cot-distill") and {word for word in words if word.startswith("--")} <= known
+    study = load_study(ROOT / task["envs"]["STUDY"])
+    assert {t.api_key_env or "GEMINI_API_KEY" for t in study.teachers.values() if t.provider != "human"} == set(task["secrets"])
+    assert not any(task["secrets"].values()), "keys are given on the command line, never written"
+    sky = pytest.importorskip("sky", reason="skypilot is not installed")
+    assert sky.Task.from_yaml_config(task | {"envs": task["envs"] | {"STORE": "s3://bucket/run"}}).use_spot
 
 
 # --- a real cluster, slow ---
@@ -82,7 +142,7 @@ def on_ray(study: Path, address: str, store: str | None = None) -> tuple[int, st
     out = study.parent / "out.txt"
     batch = prepare_batch(study, stages=NO_PAGES, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
     with out.open("w") as file:
-        code = run_prepared(batch, Console(file=file, width=200, force_terminal=False), cluster={"address": address, "store": store})
+        code = run_prepared(batch, Console(file=file, width=200, force_terminal=False), ray=True, address=address, store=store)
     return code, out.read_text()
 
 

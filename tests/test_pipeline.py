@@ -14,13 +14,14 @@ import pytest
 from rich.console import Console
 from stand_ins import PARAMETERS, make_project, names, orders, seen, write_notebook
 
-from cot_distill.board import Batch, batch_table, exit_code
+from cot_distill.board import Batch, batch_table, exit_code, plan_report, seconds_left
+from cot_distill.config import load_study
 from cot_distill.errors import InputError
 from cot_distill.execute import report_finished, secret_values
-from cot_distill.executors import Hands
+from cot_distill.executors import Hands, visible_gpus
 from cot_distill.pipeline import check_batch, compare_runs, prepare_batch, run_study, turn
-from cot_distill.plan import STAGES, Job
-from cot_distill.runs import locked
+from cot_distill.plan import STAGES, Job, estimate_seconds
+from cot_distill.runs import locked, write_json
 
 NO_PAGES = [stage for stage in STAGES if stage != "site"]
 
@@ -63,6 +64,13 @@ def processes_of(study: Path) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def footer_of(report: Path) -> str:
+    "Last cell of an executed notebook"
+    cell = json.loads(report.read_text(encoding="utf-8"))["cells"][-1]
+    assert cell["metadata"]["tags"] == ["provenance"]
+    return cell["source"]
 
 
 def results(study: Path) -> dict:
@@ -216,6 +224,48 @@ def test_two_launchers_on_one_folder(study: Path) -> None:
         run(study)
 
 
+def test_a_dry_run_needs_no_key_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = make_project(tmp_path / "p", "gpt", provider="gemini")
+    where = {"run_dir": tmp_path / "runs/small", "nbs": tmp_path / "p/nbs"}
+    batch = prepare_batch(study, dry=True, overrides={"train.epochs": "3"}, **where)
+    assert batch.study.train.epochs == 3 and [row["state"] for row in plan_report(batch, gpu=False)] == ["waiting"] * len(batch.jobs)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(InputError, match="GEMINI_API_KEY"):
+        prepare_batch(study, **where)
+    assert not (tmp_path / "runs").exists(), "a study refused leaves no folder that would refuse the next one"
+
+
+# --- estimates ---
+
+
+def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
+    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    job = next(job for job in batch.jobs if job.name == "train human")
+    guess, measured = estimate_seconds(job, batch.study, batch.run, gpu=False)
+    assert guess > 0 and not measured
+    kind = {"kind": "train smollm2-135m cpu"}
+    write_json(study.parent / "runs/tiny/.jobs/train-human.json", kind | {"n": 2, "wall_s": 40, "stage_s": 2})
+    write_json(study.parent / "runs/huge/.jobs/train-human.json", kind | {"n": 4000, "wall_s": 2040, "stage_s": 2000})
+    write_json(study.parent / "runs/other/.jobs/train-human.json", {"kind": "train another cpu", "n": 8, "wall_s": 1, "stage_s": 1})
+    n = 4 * batch.study.train.epochs
+    assert estimate_seconds(job, batch.study, batch.run, gpu=False) == (38 + 2 * n / 2, True)
+    larger = load_study(batch.run.config_file, overrides={"train.epochs": "600"})
+    assert estimate_seconds(job, larger, batch.run, gpu=False) == (40 + 2000 * 2400 / 4000, True)
+
+
+def test_time_left_shares_compute_out_and_adds_the_end(study: Path) -> None:
+    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    batch.estimates = {"teachers": 5, "generate human": 60, "eval base": 100, "train human": 100, "eval human": 100, "analyze": 7, "site": 3}
+    assert seconds_left(batch) == 60 + 300 + 7 + 3
+    batch.places = 2
+    assert seconds_left(batch) == 60 + 150 + 7 + 3
+    batch.states |= {"eval base": "done", "train human": "failed", "eval human": "skipped", "generate human": "finished"}
+    assert seconds_left(batch) == 5 + 7 + 3
+    batch.estimates["site"] = None
+    assert seconds_left(batch) is None
+
+
 def test_limit_is_a_run_of_its_own(study: Path) -> None:
     batch = prepare_batch(study, limit=1, nbs=study.parent / "nbs")
     assert batch.run.path.name == "small-limit1"
@@ -235,6 +285,8 @@ def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None
         facts = json.loads((run_dir / f"reports/{report}.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]
         assert facts["end_time"] and not facts["exception"] and facts["parameters"]["run_dir"] == "../runs/small"
         assert not os.path.isabs(facts["output_path"]) and not os.path.isabs(facts["input_path"])
+        footer = footer_of(run_dir / f"reports/{report}.ipynb")
+        assert all(row in footer for row in ("| code | cot", "| packages | torch", "| machine |", "seed = 0", 'name = "small"'))
 
     n, begun = len(seen(folder)), time.monotonic()
     assert run(study)[0] == 0
@@ -264,6 +316,7 @@ def test_failure_keeps_the_report_and_the_rerun_goes_on(study: Path, monkeypatch
     assert f"train human failed: ZeroDivisionError: with key [key removed] (report: {report})" in text
     assert "Traceback" not in text
     assert "ZeroDivisionError" in report.read_text(encoding="utf-8")
+    assert "| stage | train of human, not finished |" in footer_of(report)
     assert not report_finished(report, json.loads(report.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"])
     assert "eval human: skipped" in text and "analyze: finished" in text
     left = [p for p in run_dir.rglob("*") if p.is_file() and b"never-to-be-seen" in p.read_bytes()]
@@ -381,6 +434,37 @@ def test_places_are_shared_out() -> None:
     assert hands.take(light)["OMP_NUM_THREADS"] == "1" and hands.take(asking) is not None
     hands = Hands(gpus=[], n_cores=2, n_jobs=1)
     assert hands.take(train) and hands.take(light) is None
+
+
+def test_many_cores_are_shared_out_as_far_as_memory_allows() -> None:
+    trains = [Job("train", teacher, "compute") for teacher in "abc"]
+    hands = Hands(gpus=[], n_cores=32, n_jobs=99, memory_gb=20, job_gb=9)
+    assert [(hands.take(job) or {}).get("OMP_NUM_THREADS") for job in trains] == ["16", "16", None]
+    alone = Hands(gpus=[], n_cores=32, n_jobs=1, memory_gb=999)
+    assert alone.take(trains[0])["OMP_NUM_THREADS"] == "32", "who wants one job at a time gives it all cores"
+    gpus = Hands(gpus=["0", "1", "2", "3"], n_cores=8, n_jobs=99)
+    assert {gpus.take(job)["OMP_NUM_THREADS"] for job in trains} == {"2"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus"),
+    [("3,5", ["3", "5"]), (" 0 , 1,", ["0", "1"]), ("", []), ("-1", []), ("1,-1,2", ["1"]), ("0,0", ["0"]), ("MIG-6e7e,GPU-8932f937", ["MIG-6e7e", "GPU-8932f937"])],
+)
+def test_the_chosen_gpus_are_read_as_cuda_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus(load_study(make_project(tmp_path, "a", device="auto"))) == gpus
+
+
+def test_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, tool = make_project(tmp_path / "p", "a", device="auto"), tmp_path / "nvidia-smi"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
+    tool.chmod(0o755)
+    assert visible_gpus(load_study(study)) == ["0", "1", "2"]
+    assert visible_gpus(load_study(study, overrides={"student.device": "cpu"})) == []
+    tool.write_text("#!/bin/sh\necho 'no driver' >&2\nexit 9\n")
+    assert visible_gpus(load_study(study)) == []
 
 
 def test_keys_are_found_by_their_names() -> None:

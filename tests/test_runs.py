@@ -142,6 +142,17 @@ def test_a_chapter_without_a_run_folder_of_its_own(tmp_path: Path):
     assert (study.problems.limit, run.path) == (None, tmp_path / "mine")
 
 
+def test_a_report_opened_where_it_lies_belongs_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = open_run(tmp_path / "runs/tiny", parse_study(TINY))
+    run.reports_dir.mkdir()
+    monkeypatch.chdir(run.reports_dir)
+    study, found = open_chapter("../runs/tiny/config.toml", run_dir="../runs/tiny")  # as papermill was told, seen from nbs/
+    assert study.name == "tiny" and found.path.resolve() == run.path
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no study"):
+        open_chapter("../runs/tiny/config.toml", run_dir="../runs/tiny")
+
+
 def test_stages_side_by_side_all_reach_run_json(tmp_path: Path):
     code = "import sys\nfrom cot_distill.runs import RunFolder, record_run\nfor i in range(5): record_run(RunFolder(sys.argv[1]), 'train', f'{sys.argv[2]}-{i}', wall_s=1.0)\n"
     writers = [

@@ -1,0 +1,112 @@
+"One study as a whole: the same inputs give the same numbers, and every number says where it comes from"
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_student import make_student
+
+from cot_distill.config import StudyConfig, load_study, parse_study, to_toml
+from cot_distill.eval import run_eval, write_results
+from cot_distill.generate import run_generate
+from cot_distill.pipeline import compare_runs
+from cot_distill.runs import RunFolder, open_run, read_json, read_parquet
+from cot_distill.train import run_train
+
+TEACHERS = {"human": {"provider": "human"}, "recorded": {"provider": "recorded", "path": "package:two-step-qwen2.5-coder-1.5b.jsonl"}}
+
+
+def study_of(student: Path, **settings: object) -> StudyConfig:
+    "Two teachers, six problems, a student of some thousand parameters"
+    return parse_study(
+        {
+            "name": "whole", "problems": {"source": "two-step", "limit": 6}, "eval_sets": [{"name": "two-step", "source": "two-step", "split": "test", "limit": 4}],
+            "student": {"model": str(student), "dtype": "float32", "device": "cpu"}, "teachers": TEACHERS,
+            "train": {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 0.01, "epochs": 2, "batch_size": 2, "gradient_accumulation": 1},
+            "eval": {"max_new_tokens": 12, "slots": 3, "n_bootstrap": 200},
+        } | settings
+    )  # fmt: skip
+
+
+def complete(study: StudyConfig, folder: Path) -> RunFolder:
+    "All stages, one after the other in this process"
+    run = open_run(folder, study)
+    study = load_study(run.config_file)
+    run_eval(study, "base", run)
+    for teacher in study.teachers:
+        run_generate(study, teacher, run)
+        run_train(study, teacher, run)
+        run_eval(study, teacher, run)
+    write_results(study, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_student(tmp_path_factory.mktemp("student"), hidden=32, layers=2)
+
+
+@pytest.fixture(scope="module")
+def first(student: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return complete(study_of(student), tmp_path_factory.mktemp("first") / "whole")
+
+
+def losses(run: RunFolder, teacher: str) -> list[float]:
+    return [step["loss"] for step in read_json(run.training_log(teacher))["steps"]]
+
+
+def test_same_config_same_seed_same_numbers(student: Path, first: RunFolder, tmp_path: Path) -> None:
+    again = complete(study_of(student), tmp_path / "whole")
+    for teacher in TEACHERS:
+        texts = [read_parquet(run.rationales(teacher)).drop(columns=["latency_s"]) for run in (first, again)]
+        assert texts[0].equals(texts[1])
+        assert losses(first, teacher) == losses(again, teacher) and len(set(losses(first, teacher))) > 1
+    for variant in ("base", *TEACHERS):
+        answers = [read_parquet(run.eval_file(variant, "two-step")) for run in (first, again)]
+        assert answers[0].equals(answers[1])
+    assert compare_runs(first.path, again.path) == {"settings": {}, "stages": {}, "results": {}}
+
+
+def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Path) -> None:
+    other = complete(study_of(student, seed=1), tmp_path / "whole")
+    found = compare_runs(first.path, other.path)
+    assert found["settings"] == {"seed": (0, 1)}
+    assert losses(first, "human") != losses(other, "human")
+    assert found["stages"]["train/human.inputs.seed"] == (0, 1)
+
+
+def test_run_json_says_where_everything_comes_from(first: RunFolder) -> None:
+    "Resolved study, commit, versions, data, seed, machine, time, tokens, dollars"
+    facts = read_json(first.run_json)
+    assert facts["study"]["train"]["learning_rate"] == 0.01 and facts["study"]["seed"] == 0
+    assert set(facts["stages"]) == {"eval two-step/base"} | {f"{stage}/{t}" for t in TEACHERS for stage in ("generate", "train", "eval two-step")}
+    for name, stage in facts["stages"].items():
+        source = stage["provenance"]
+        assert {"commit", "dirty", "packages", "hardware", "python"} <= source.keys() and source["packages"]["torch"]
+        assert stage["wall_s"] > 0 and stage["inputs"], name
+    train = facts["stages"]["train/recorded"]["inputs"]
+    assert train["seed"] == 0 and len(train["data"]) == 16
+    assert len(facts["stages"]["generate/recorded"]["inputs"]["problems"]["content"]) == 16
+    assert facts["totals"]["completion_tokens"] == sum(stage.get("completion_tokens", 0) for stage in facts["stages"].values()) > 0
+    assert facts["totals"]["wall_s"] == pytest.approx(sum(stage["wall_s"] for stage in facts["stages"].values()), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_one_student_on_two_processes(student: Path, first: RunFolder, tmp_path: Path) -> None:
+    "accelerate launch: the passes of a step are shared out, the student is the one of a single process"
+    study = study_of(student, train={"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": 0.01, "epochs": 2, "batch_size": 1, "gradient_accumulation": 2})
+    runs = [open_run(tmp_path / name, study) for name in ("one", "two")]
+    for run in runs:
+        run_generate(load_study(run.config_file), "human", run)
+    run_train(load_study(runs[0].config_file), "human", runs[0])
+    (tmp_path / "study.toml").write_text(to_toml(study, tmp_path))
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "cot_distill.train", tmp_path / "study.toml", "human", runs[1].path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(runs[1], "human") == pytest.approx(losses(runs[0], "human"), rel=1e-4)
+    log = run_train(load_study(runs[1].config_file), "human", runs[1])
+    assert log["final_train_loss"] == json.loads(runs[1].training_log("human").read_text())["final_train_loss"], "done already, not made again"
