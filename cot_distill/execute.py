@@ -231,9 +231,11 @@ def execute_order(
     return outcome
 
 
-def order_main() -> None:
+def order_main(
+    launcher_pid: int,  # told, not asked: a launcher that is dead by now would not be found as the parent
+) -> None:
     "Read an order on standard input, execute it, leave with its exit code"
-    die_with_parent(os.getppid())
+    die_with_parent(launcher_pid)
     order = Order(**json.loads(sys.stdin.read()))
     outcome = execute_order(order)
     sys.exit(0 if outcome["state"] == "finished" else exit_code_of(outcome["ename"]))
@@ -250,7 +252,7 @@ def start_order(
     Path(order.report).parent.mkdir(parents=True, exist_ok=True)
     kernel = kernel_environment(Path(order.private)) | {"COT_DISTILL_KERNEL_PID": str(Path(order.private) / "kernel.pid")}
     quiet = {"COT_DISTILL_PROGRESS": "off", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    command = [sys.executable, "-c", "from cot_distill.execute import order_main; order_main()"]
+    command = [sys.executable, "-c", f"from cot_distill.execute import order_main; order_main({os.getpid()})"]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=order.cwd,

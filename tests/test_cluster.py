@@ -123,16 +123,16 @@ def test_the_rental_task_fits_the_command_line() -> None:
 # --- a real cluster, slow ---
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch):
-    "Two nodes on this machine"
+@pytest.fixture(params=[{}])
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    "Two nodes on this machine, with whatever each shall claim to have besides a core"
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     from ray.cluster_utils import Cluster
 
-    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    two.add_node(num_cpus=1)
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | request.param)
+    two.add_node(num_cpus=1, **request.param)
     yield two
     ray.shutdown()
     two.shutdown()
@@ -167,6 +167,22 @@ def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
     assert results(many) == results(alone)
     began = {f"{one['stage']} {one['variant']}": one["at"] for one in seen(many.parent)}
     assert abs(began["train a"] - began["train b"]) < 4, "two nodes train side by side"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", [{"num_gpus": 1}], indirect=True)
+def test_each_student_gets_a_gpu_of_its_own(tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Ray only counts the GPUs it is told of; what a job sees of them is what it would see of real ones"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    many = make_project(tmp_path, "a", "b", "c", device="auto")
+    orders(many.parent, train_a={"seconds": 6}, train_b={"seconds": 6}, train_c={"seconds": 6})
+    code, text = on_ray(many, cluster.address)
+    assert code == 0, text
+    compute = [one for one in seen(many.parent) if one["stage"] in ("train", "eval")]
+    assert {one["gpu"] for one in compute} == {"0"}, "the first GPU of either node"
+    assert {one["gpu"] or "" for one in seen(many.parent) if one["stage"] not in ("train", "eval")} == {""}
+    begun = sorted(one["at"] for one in compute if one["stage"] == "train")
+    assert begun[1] - begun[0] < 6 < begun[2] - begun[0], "two train side by side, the third waits"
 
 
 @pytest.mark.slow

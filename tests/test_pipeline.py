@@ -73,6 +73,14 @@ def footer_of(report: Path) -> str:
     return cell["source"]
 
 
+def assert_all_end(study: Path, within_s: float = 10) -> None:
+    "A process that is just starting learns of its launcher's death when it has started"
+    until = time.monotonic() + within_s
+    while left := processes_of(study):
+        assert time.monotonic() < until, f"still running: {left}"
+        time.sleep(0.05)
+
+
 def results(study: Path) -> dict:
     return json.loads((study.parent / "runs/small/results.json").read_text(encoding="utf-8"))
 
@@ -358,8 +366,7 @@ def kill_until_done(study: Path, n_kills: int, rng: random.Random, longest_s: fl
         time.sleep(rng.uniform(0.3, longest_s))
         launcher.kill()
         launcher.communicate()
-        time.sleep(0.3)
-        assert processes_of(study) == []
+        assert_all_end(study)
     code, text = run(study)
     assert code == 0, text
 
@@ -370,6 +377,25 @@ def test_kill_9_leaves_no_orphans_and_the_next_run_goes_on(tmp_path: Path) -> No
     orders(killed.parent, train_human={"seconds": 2}, generate_human={"seconds": 1})
     kill_until_done(killed, 2, random.Random(1), 8)
     assert results(killed) == results(calm)
+
+
+@pytest.mark.parametrize("name", ["generate human", "site"])
+def test_a_launcher_that_dies_at_once_leaves_nothing(study: Path, name: str) -> None:
+    "Gone before the process it started could ask to die with it"
+    code = f"""
+import os
+from pathlib import Path
+from cot_distill.executors import LocalExecutor
+from cot_distill.pipeline import prepare_batch
+batch = prepare_batch({str(study)!r}, run_dir={str(study.parent / "runs/small")!r}, nbs=Path({str(study.parent / "nbs")!r}))
+job = next(job for job in batch.jobs if job.name == {name!r})
+LocalExecutor(batch.study, batch.run, batch.nbs).start(job, batch.parameters[job.name])
+os._exit(0)
+"""
+    orders(study.parent, generate_human={"seconds": 30})
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert_all_end(study)
+    assert names(study.parent) == []
 
 
 @pytest.mark.slow

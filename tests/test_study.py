@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_student import make_student
 
@@ -110,3 +113,34 @@ def test_one_student_on_two_processes(student: Path, first: RunFolder, tmp_path:
     assert losses(runs[1], "human") == pytest.approx(losses(runs[0], "human"), rel=1e-4)
     log = run_train(load_study(runs[1].config_file), "human", runs[1])
     assert log["final_train_loss"] == json.loads(runs[1].training_log("human").read_text())["final_train_loss"], "done already, not made again"
+
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [Path(sys.executable).parent / "cot-distill", "run", ROOT / "configs/lesson.toml", "--teachers", "human", "--stages", "generate,train,eval", "--json"]
+
+
+def numbers(run_dir: Path) -> list[dict]:
+    "results.json without times"
+    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in read_json(run_dir / "results.json")["variants"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_real_stages_killed_at_any_instant_end_with_the_same_numbers(tmp_path: Path) -> None:
+    "kill -9 of the launcher, then of a papermill process or kernel, in turn; the last run goes to its end"
+    calm, killed, rng = tmp_path / "calm", tmp_path / "killed", random.Random(0)
+    assert subprocess.run([*COMMAND, "--run-dir", calm], capture_output=True).returncode == 0
+    for victim in ("launcher", "stage", "launcher", "stage"):
+        launcher = psutil.Popen([*COMMAND, "--run-dir", killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(4, 30))
+        family = launcher.children(recursive=True)
+        if victim == "launcher" or not family:
+            launcher.kill()
+        else:
+            rng.choice(family).kill()
+        launcher.wait(timeout=600)
+        gone, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+    done = subprocess.run([*COMMAND, "--run-dir", killed], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert numbers(killed) == numbers(calm)
