@@ -349,13 +349,14 @@ def plot_loss(
     variant: str,  # for colour and title
     ax: "Axes | None" = None,
 ) -> "Axes":
-    "Training loss step by step: each step pale, its running mean solid"
+    "Training loss step by step: each step pale, its running mean solid where there are enough steps for one"
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     color, window = teacher_color(variant), max(1, len(steps) // 10)
-    ax.plot(steps["step"], steps["loss"], color=color, alpha=0.35, marker="o", markersize=3, label="one step")
-    ax.plot(steps["step"], steps["loss"].rolling(window, min_periods=1).mean(), color=color, label=f"mean of {window} steps")
+    ax.plot(steps["step"], steps["loss"], color=color, alpha=0.35 if window > 1 else 1.0, marker="o", markersize=3, label="one step")
+    if window > 1:
+        ax.plot(steps["step"], steps["loss"].rolling(window, min_periods=1).mean(), color=color, label=f"mean of {window} steps")
     ax.set(xlabel="optimiser step", ylabel="training loss, nats a token\nlower is better", ylim=(0, None), title=f"student of {variant}")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
