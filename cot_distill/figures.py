@@ -59,8 +59,7 @@ def plot_accuracy(
     for y, row in enumerate(rows.itertuples()):
         ax.plot([100 * row.low, 100 * row.high], [y, y], color=_color(row.variant), linewidth=3, alpha=0.55, solid_capstyle="round")
         ax.plot(100 * row.accuracy, y, "o", color=_color(row.variant), markersize=9)
-        end, side = (row.high, 1) if row.high < 0.9 else (row.low, -1)
-        ax.annotate(f"{100 * row.accuracy:.0f} %", (100 * end, y), (9 * side, 0), textcoords="offset points", ha="left" if side > 0 else "right", va="center")
+        ax.annotate(f"{100 * row.accuracy:.0f} %", (1, y), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center")
     for base in rows[rows["variant"] == "base"]["accuracy"]:
         ax.axvline(100 * base, color="0.5", linestyle="--", linewidth=1, zorder=0)
     ax.set(xlim=(0, 100), xlabel=f"right answers to {rows['problem_set'].iloc[0]} problems, % (n = {rows['n'].iloc[0]:,}); higher is better")

@@ -287,7 +287,7 @@ def study_page(
     words = _about(run.path) or "".join(runs.info["description"])
     figure = '![Accuracy by student, with 95 % intervals](accuracy.svg){fig-alt="Dot plot of right answers, one row a student, best first"}' if (run.path / "accuracy.svg").exists() else ""
     links = [f"- [{STAGE_TITLES[stage]}{f' · {variant}' if variant else ''}]({path.name})" for (stage, variant), path in reports.items()]
-    parts = [words, " ".join(analysis.gain_sentences(main)), markdown_table(analysis.results_table(main)), figure, "## Reports" if links else "", "\n".join(links)]
+    parts = [words, " ".join(analysis.gain_sentences(main)), markdown_table(analysis.results_table(main).drop(columns="p", errors="ignore")), figure, "## Reports" if links else "", "\n".join(links)]
     return _front_page(run.path.name, parts)
 
 # %% ../nbs/lib/site.ipynb #fcabe531
