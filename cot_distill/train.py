@@ -99,7 +99,7 @@ def card_text(
         "data fingerprint": log["data_fingerprint"], "adapter": f"LoRA r = {cfg.lora_r}, alpha = {cfg.lora_alpha:g}, dropout {cfg.lora_dropout:g}, all linear layers",
         "trained": f"{log['trainable_parameters']:,} of {log['total_parameters']:,} parameters ({log['trainable_parameters'] / log['total_parameters']:.2%})",
         "recipe": f"AdamW, peak learning rate {cfg.learning_rate:g}, cosine, {cfg.warmup_frac:.0%} warm-up, {cfg.batch_size} x {cfg.gradient_accumulation} examples a step, {cfg.epochs:g} epochs, seed {seed}",
-        "loss": f"{log['steps'][0]['loss']:.3f} in the first step, {log['final_train_loss']:.3f} at the end (nats a completion token)",
+        "loss": f"{log['mean_nll']:.3f} for the untrained student, {log['steps'][0]['loss']:.3f} in the first step, {log['final_train_loss']:.3f} at the end (nats a completion token)",
     }  # fmt: skip
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     front = f"---\nbase_model: {student.model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, math, distillation]\n---\n"

@@ -300,7 +300,11 @@ def test_run_leaves_adapter_card_and_log(start):
     examples, _ = read_examples(pd.read_parquet(run.rationales("human")), tokenizer, study.student, study.train)
     with torch.inference_mode():
         after = token_losses(trained, pad(examples, 0)).mean().item()
+        with trained.disable_adapter():
+            before = token_losses(trained, pad(examples, 0)).mean().item()
     assert after < losses_of(log)[0] - 0.2
+    assert log["mean_nll"] == pytest.approx(before, abs=1e-3) and log["mean_nll_examples"] == len(examples)
+    assert f"{before:.3f} for the untrained student" in card
     before = (run.adapter("human") / "adapter_model.safetensors").stat().st_mtime_ns
     assert losses_of(run_train(study, "human", run)) == losses_of(log)
     assert (run.adapter("human") / "adapter_model.safetensors").stat().st_mtime_ns == before
@@ -589,3 +593,4 @@ def test_a_repeat_is_the_same_study_with_another_seed(start):
     other_study, other_run = start("other")
     alone = run_train(other_study.model_copy(update={"seed": 1}), "human", other_run)
     assert losses_of(alone) == losses_of(logs[1])
+    assert logs[0]["mean_nll"] == logs[1]["mean_nll"], "the same texts, the same untrained student"
