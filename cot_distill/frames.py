@@ -81,9 +81,11 @@ def differing_settings(
 def _with_settings(info: pd.DataFrame, runs: dict[str, RunFolder]) -> pd.DataFrame:
     "The table of runs with `recipe` and `size`: what differs, in words"
     configs = {name: tomllib.loads(run.config_file.read_text(encoding="utf-8")) for name, run in runs.items() if run.config_file.exists()}
-    apart = differing_settings(configs)
-    recipes = {run: ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in settings.items() if key != SIZE) for run, settings in apart.items()}
-    sizes = {run: f"{'all' if settings[SIZE] in (None, 'default') else settings[SIZE]} problems" if SIZE in settings else "" for run, settings in apart.items()}
+    table = pd.DataFrame.from_dict(differing_settings(configs), orient="index").astype(str)  # a row a run, a column a setting
+    usual = {key: column.mode()[0] for key, column in table.items() if column.value_counts().iloc[0] > len(column) / 2}
+    told = {key: f"{key.rpartition('.')[2].replace('_', ' ')} " for key in table if key != SIZE}
+    recipes = {run: ", ".join(told[key] + row[key] for key in told if row[key] != usual.get(key)) for run, row in table.iterrows()}
+    sizes = {run: f"{'all' if row[SIZE] in ('None', 'default') else row[SIZE]} problems" if SIZE in row else "" for run, row in table.iterrows()}
     return info.assign(recipe=[recipes.get(run, "") for run in info["run"]], size=[sizes.get(run, "") for run in info["run"]])
 
 # %% ../nbs/lib/frames.ipynb #bb39bb7d

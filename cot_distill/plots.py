@@ -30,6 +30,9 @@ KNOWN_COLORS = {
     "recorded": OKABE_ITO["sky blue"],
     "claude-3-5-sonnet": OKABE_ITO["vermilion"],
     "qwen2.5-7b-instruct": OKABE_ITO["sky blue"],
+    "human-no-marks": OKABE_ITO["blue"],
+    "human-own-format": "#7B3F00",  # brown: the eighth of a study needs a colour outside the palette, told from the others by its darkness
+    "self": OKABE_ITO["purple"],
 }
 
 

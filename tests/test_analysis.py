@@ -5,6 +5,7 @@ import math
 import random
 import re
 import time
+import tomllib
 from pathlib import Path
 
 import matplotlib
@@ -207,17 +208,19 @@ def test_runs_are_told_apart_by_what_their_settings_say(tmp_path: Path) -> None:
     config = (other / "config.toml").read_text()
     (other / "config.toml").write_text(config + "\n[train]\nlearning_rate = 1e-5\n")
     runs = load_runs([small, full, other])
-    assert runs.info.set_index("run")["recipe"].to_dict() == {"small": "learning rate default", "full": "learning rate default", "other": "learning rate 1e-05"}
+    assert runs.info.set_index("run")["recipe"].to_dict() == {"small": "", "full": "", "other": "learning rate 1e-05"}  # what most share goes without saying
     assert runs.info.set_index("run")["size"].to_dict() == {"small": "12 problems", "full": "60 problems", "other": "60 problems"}
     every = analysis.over_runs(runs)
     assert len(every) == 6 and (every["p_holm"] >= every["p"].astype(float)).all()
     assert every["p_holm"].tolist() == list(holm(dict(enumerate(every["p"].astype(float)))).values())
     table = analysis.runs_table(every)
-    assert set(table["recipe"]) == {"learning rate default", "learning rate 1e-05"} and list(table.index.unique()) == ["small", "full", "other"]
+    assert set(table["recipe"]) == {"", "learning rate 1e-05"} and list(table.index.unique()) == ["small", "full", "other"]
     assert set(analysis.sizes(every)["run"]) == {"small", "full"}  # the other recipe has one size only
     ax = figures.plot_differences(every, "setting", ax=Figure().subplots())
     assert ax.get_yticklabels()[2].get_text() == "other\nlearning rate 1e-05\n60 problems\n(n = 40)"
     assert "6 differences in 3 runs" in analysis.run_sentences(every)[0]
+    two = load_runs([full, other]).info.set_index("run")
+    assert two["recipe"].to_dict() == {"full": "learning rate default", "other": "learning rate 1e-05"} and set(two["size"]) == {""}
     first = runs.first()
     assert set(first.results["run"]) == set(first.evals["run"]) == set(first.training["run"]) == {"small"}
     assert len(analysis.teacher_table(analysis.with_features(first.rationales), first.training)) == 2
@@ -259,6 +262,8 @@ def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> No
 def test_one_colour_a_teacher() -> None:
     known = ["base", "human", "gpt-4o-mini", "deepseek", "gemini", "recorded"]
     assert len({teacher_color(variant) for variant in known}) == len(known)
+    teachers = tomllib.loads((ROOT / "configs" / "reference.toml").read_text(encoding="utf-8"))["study"]["teachers"]
+    assert len({teacher_color(teacher) for teacher in ("base", *teachers)}) == 1 + len(teachers)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.46, "46.0 %"), (math.nan, ""), (None, "")])
