@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'Estimate', 'Series', 'merged', 'load_series', 'study_of', 'Row', 'rows_of', 'estimate_s', 'row_inputs',
            'work_on', 'regrade', 'record_answers', 'run_series', 'pack_results', 'merge_results', 'rows_table',
-           'data_dir', 'main']
+           'rows_shown', 'data_dir', 'main']
 
 # %% ../nbs/lib/series.ipynb #1d3633c5
 import argparse
@@ -53,7 +53,7 @@ class Estimate(Part):
     answer_tokens: float = Field(gt=0)  # a student's answer
     answers: dict[str, int]  # problem set -> problems to be decoded
     example_tokens: dict[str, float] = Field(default_factory=dict)  # teacher -> prompt and rationale
-    other_tokens: float = 400.0  # of teachers that are not named
+    other_tokens: float = 300.0  # of teachers that are not named
 
 
 class Series(Part):
@@ -474,14 +474,15 @@ def rows_table(
 
     from cot_distill.frames import result_rows
 
-    out, shared, lines, main = Path(out), False, [], {}
+    out, scored, lines, main = Path(out), set(), [], {}
     failures = read_json(out / "failures.json") if (out / "failures.json").exists() else {}
     for path in out.glob("*/results.json"):
         main |= {(path.parent.name, row["variant"]): row for row in result_rows(read_json(path))}
     for row in rows_of(series):
         found = main.get((row.study, row.variant))
-        seconds = estimate_s(series, row, shared and row.study != "self-samples")
-        shared |= row.variant == "base"
+        same = fingerprint(study_of(series, row.study).model_dump(include={"student", "eval", "eval_sets"}))
+        seconds = estimate_s(series, row, shared=same in scored)
+        scored.add(same)
         state = "run" if found else "failed" if row.name in failures else "not run"
         lines.append({"study": row.study, "student": row.variant, "state": state, "asks": row.asks, "estimate_s": seconds, "why": failures.get(row.name, ""), **_made(out / row.study, row.variant), **(found or {})})
     return pd.DataFrame(lines)
@@ -496,9 +497,32 @@ def _made(run_dir: Path, variant: str) -> dict[str, Any]:
     last = next((entry["provenance"] for entry in reversed(list(mine.values())) if entry.get("provenance")), None)
     if last is None:
         return {}
-    hardware = ", ".join(last["hardware"]["gpus"]) or f"{last['hardware']['cores']} cores of {last['hardware']['cpu']}"
+    hardware = ", ".join(last["hardware"]["gpus"]) or f"{last['hardware']['cores']} cores, {last['hardware']['cpu']}"
     wall_s = sum(entry.get("wall_s") or 0 for name, entry in mine.items() if not name.startswith("generate"))
     return {"wall_s": wall_s, "hardware": hardware, "commit": (last["commit"] or "unknown")[:10] + ("+" if last["dirty"] else ""), "n_examples": log.get("n_examples"), "seed": log.get("config", {}).get("seed")}
+
+# %% ../nbs/lib/series.ipynb #90693151
+def rows_shown(
+    table: "pd.DataFrame",  # from `rows_table`
+) -> "pd.DataFrame":  # text
+    "Rows as a reader wants them"
+    import pandas as pd
+
+    from cot_distill.words import p_text, percent
+
+    def _line(row: dict[str, Any]) -> dict[str, str]:
+        told = {"row": f"{row['study']}/{row['student']}", "state": row["state"]}
+        if row["state"] != "run":
+            minutes = f"about {row['estimate_s'] / 60:.1f}" if row["estimate_s"] else "shared with the first study"
+            return told | {"minutes": minutes, "accuracy": row["why"]}
+        gain = percent(row["delta"], row["delta_low"], row["delta_high"], signed=True)
+        counts = {"examples": f"{row['n_examples']:.0f}", "seed": f"{row['seed']:.0f}"} if row["student"] != "base" else {}
+        made = {"minutes": f"{row['wall_s'] / 60:.1f}", "machine": row["hardware"], "commit": row["commit"]}
+        return told | counts | {"accuracy": f"{percent(row['accuracy'], row['low'], row['high'])}, n = {row['n']:.0f}", "difference, points": gain, "p (Holm)": p_text(row["p_holm"])} | made
+
+    lines = pd.DataFrame([_line(row) for row in table.to_dict("records")]).set_index("row")
+    order = ["state", "examples", "seed", "accuracy", "difference, points", "p (Holm)", "minutes", "machine", "commit"]
+    return lines.reindex(columns=[name for name in order if name in lines and lines[name].fillna("").ne("").any()]).fillna("")
 
 # %% ../nbs/lib/series.ipynb #7d967d8b
 def data_dir() -> Path:

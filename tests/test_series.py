@@ -161,7 +161,7 @@ def test_estimates_add_up(series_file):
     assert estimate_s(series, Row("fast", "base", "")) == 10 + 6 * 20 / 50
     assert estimate_s(series, Row("fast", "base", ""), shared=True) == 0
     assert estimate_s(series, Row("fast", "human.seed1", "")) == 10 + 2 * 8 * 50 / 100 + 6 * 20 / 50
-    assert estimate_s(series, Row("fast", "told", "")) == 10 + 2 * 8 * 400 / 100 + 6 * 20 / 50
+    assert estimate_s(series, Row("fast", "told", "")) == 10 + 2 * 8 * 300 / 100 + 6 * 20 / 50
 
 
 # --- what is done, and done once
@@ -338,3 +338,27 @@ def test_a_human_text_in_the_student_s_own_form(solution, text):
     problem = Problem("p", "q", "5", solution)
     teacher = HumanTeacher(TeacherConfig(provider="human", calculator_marks=False, answer_line="The answer is \\boxed{{answer}}."))
     assert asyncio.run(teacher.ask(Question(problem, 0, []))).text == text
+
+
+# --- what is published
+
+
+def test_published_series_holds_no_texts(whole, series_file, tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    from cot_distill.publishing import publish_series
+
+    shutil.copytree(whole, tmp_path / "out")
+    questions = [p.question for p in load_problems("two-step", "test", 6)] + [p.question for p in load_problems("two-step", limit=8)]
+    shown = [new_output("execute_result", data={"text/html": f"<td>{questions[-1].replace(' ', ' <b></b>')}</td>"}, execution_count=1), new_output("stream", text="6 answers\n")]
+    (tmp_path / "out" / "fast" / "reports").mkdir()
+    nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=shown)]), tmp_path / "out" / "fast" / "reports" / "02_train-human.ipynb")
+    assert publish_series(load_series(series_file), tmp_path / "out", tmp_path / "reports") == {"fast": 1, "slow": 0}
+    files = [p for p in (tmp_path / "reports").rglob("*") if p.is_file()]
+    words = " ".join(pd.read_parquet(p).to_csv() if p.suffix == ".parquet" else p.read_text() for p in files)
+    assert not [q for q in questions if q in words] and "6 answers" in words
+    assert not list((tmp_path / "reports").rglob("rationales.parquet"))
+    assert {k: v["n_correct"] for k, v in scores(tmp_path / "reports").items()} == {k: v["n_correct"] for k, v in scores(whole).items()}
+    table = rows_table(load_series(series_file), tmp_path / "reports")
+    assert set(table["state"]) == {"run"} and table["commit"].notna().all() and table["hardware"].notna().all(), "a page can be made from it"
