@@ -67,13 +67,13 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
         arguments = training_arguments(student, cfg, 0, len(order), Path(folder))
         arguments.save_strategy = "no"
         make = trl_trainer if variant.startswith("trl") else our_trainer
-        trainer, pad_share = make(variant, model, tokenizer, examples, order, cfg, arguments)
+        trainer, pad_frac = make(variant, model, tokenizer, examples, order, cfg, arguments)
         ends = timed(trainer)
     tokens = [sum(examples[i].n_tokens for i in step) for step in order]
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     done = sum(tokens[1:]) / (ends[-1] - ends[0])
     mfu = peak_flops() and plan.tflop * 1e12 / sum(tokens) * done / peak_flops()
-    return {"tokens_per_s": done, "pad_share": pad_share, "peak_memory_gb": peak.gb(), "estimated_memory_gb": plan.memory_gb, "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
+    return {"tokens_per_s": done, "pad_frac": pad_frac, "peak_memory_gb": peak.gb(), "estimated_memory_gb": plan.memory_gb, "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
 def student_for(model: str, weights: str, has_gpu: bool) -> Any:
@@ -102,7 +102,7 @@ def our_trainer(variant: str, model: Any, tokenizer: Any, examples: list, order:
     from cot_distill.trainer import make_trainer
 
     trainer = make_trainer(add_lora(model, cfg, 0), examples, arguments, cfg, 0, tokenizer.pad_token_id)
-    return trainer, pad_share_of(trainer.make_batch(p).inputs for p in trainer.train_dataset)
+    return trainer, pad_frac_of(trainer.make_batch(p).inputs for p in trainer.train_dataset)
 
 
 def trl_trainer(variant: str, model: Any, tokenizer: Any, examples: list, order: list, cfg: Any, arguments: Any) -> tuple[Any, float]:
@@ -125,10 +125,10 @@ def trl_trainer(variant: str, model: Any, tokenizer: Any, examples: list, order:
     torch.manual_seed(0)
     lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
-    return trainer, pad_share_of(trainer.get_train_dataloader())
+    return trainer, pad_frac_of(trainer.get_train_dataloader())
 
 
-def pad_share_of(batches: Any) -> float:
+def pad_frac_of(batches: Any) -> float:
     "Positions that no one attends to, of all positions"
     n_pads = n_positions = 0
     for inputs in batches:
@@ -227,7 +227,7 @@ def goals(rows: list[dict], weights: str) -> list[dict]:
         found += [
             common.goal(f"{problems}: packed over padded, tokens/s, times", 1.25, over(rows, problems, f"packed-{weights}", f"padded-{weights}")),
             common.goal(f"{problems}: packed over TRL's SFTTrainer, tokens/s, times", 1.0, over(rows, problems, f"packed-{weights}", f"trl-{weights}")),
-            common.goal(f"{problems}: padding when packed, share of positions", 0.02, mine.get("pad_share"), at_most=True),
+            common.goal(f"{problems}: padding when packed, share of positions", 0.02, mine.get("pad_frac"), at_most=True),
             common.goal(f"{problems}: loss of the last step, packed and TRL apart, nats", 0.01, gap, at_most=True),
             common.goal(f"{problems}: model FLOP utilisation on a GPU", 0.40, mine.get("mfu")),
         ]
