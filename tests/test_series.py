@@ -362,3 +362,43 @@ def test_published_series_holds_no_texts(whole, series_file, tmp_path):
     assert {k: v["n_correct"] for k, v in scores(tmp_path / "reports").items()} == {k: v["n_correct"] for k, v in scores(whole).items()}
     table = rows_table(load_series(series_file), tmp_path / "reports")
     assert set(table["state"]) == {"run"} and table["commit"].notna().all() and table["hardware"].notna().all(), "a page can be made from it"
+
+
+# --- the reference study itself, on the real data
+
+
+DATA = Path(os.environ.get("COT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "teachers").is_dir(), reason="COT_DISTILL_DATA names no folder with GSM8K and the recorded teachers")
+def test_every_row_of_the_reference_study_runs_on_real_data(tmp_path):
+    "All rows with a random student of a million parameters, few examples and few problems: nothing in the plan is unrunnable"
+    series = load_series(ROOT / "configs" / "reference.toml")
+    make_student(tmp_path / "student", hidden=32, layers=1)
+    n_test = [{"limit": 20}, {"limit": 16}, {"limit": 4}]
+    smaller = {
+        "problems": {"limit": 24}, "eval_sets": [s | n for s, n in zip(series.study["eval_sets"], n_test, strict=True)],
+        "student": {"model": str(tmp_path / "student"), "quantization": "none", "dtype": "float32", "device": "cpu"},
+        "generate": {"keep_wrong": True},  # or a student that is never right could not be its own teacher
+        "train": {"lora_r": 4, "lora_alpha": 8}, "eval": {"max_new_tokens": 12, "slots": 20, "n_bootstrap": 200},
+    }  # fmt: skip
+    fewer = {"problems": {"limit": 12}}
+
+    def smaller_step(step: Step) -> Step:
+        settings = merged(step.settings, fewer if "problems" in step.settings else {})
+        for eval_set in settings.get("eval_sets", []):
+            eval_set["limit"] = 12
+        return step.model_copy(update={"settings": settings})
+
+    series = series.model_copy(update={"study": merged(series.study, smaller), "steps": [smaller_step(s) for s in series.steps]})
+    assert run_series(series, DATA, tmp_path / "out", archive=tmp_path / "out.tar.gz") == {}
+    table = rows_table(series, tmp_path / "out")
+    assert set(table["state"]) == {"run"} and len(table) == len(rows_of(series))
+    assert (table[table["student"] == "base"].groupby("study")["n"].first().drop("self-samples") == 20).all()
+    once = {read_json(p)["finished_at"] for p in (tmp_path / "out").glob("*/evals/base/gsm8k.stage.json")}
+    assert len(once) == 1, "one untrained student, scored once"
+    facts = [read_json(p)["facts"]["answers_from"] for p in (tmp_path / "out").glob("*/evals/*/gsm8k-platinum.stage.json")]
+    assert set(facts) == {"gsm8k"} and len(facts) == len(table) - 1
+    merge_results(tmp_path / "there", [tmp_path / "out.tar.gz"])
+    assert scores(tmp_path / "there") == scores(tmp_path / "out")
