@@ -24,10 +24,10 @@ class RateBudget:
     def __init__(
         self,
         per_minute: float | None,  # None: no limit
-        burst_s: float = 1.0,  # unused time that may be made up for
+        burst_s: float = 0.5,  # unused time that may be made up for
         clock: Callable[[], float] = time.monotonic,  # immune to the system clock being set
     ):
-        self.seconds_per_unit = 60 / per_minute if per_minute else 0.0
+        self.seconds_per_unit = 60 / (0.99 * per_minute) if per_minute else 0.0
         self.burst_s, self.clock = burst_s, clock
         self.free_at = clock()
 
@@ -58,7 +58,7 @@ class InFlight:
         start: int,  # to begin with
     ):
         self.most, self.allowed = most, float(min(most, start))
-        self.now, self.shrunk_at = 0, float("-inf")
+        self.now, self.was_refused = 0, False
         self._changed = asyncio.Condition()
 
     async def enter(self) -> None:
@@ -75,15 +75,11 @@ class InFlight:
 
     def grow(self) -> None:
         "A call worked"
-        slow_start = self.shrunk_at == float("-inf")
-        self.allowed = min(self.most, self.allowed + (1 if slow_start else 1 / self.allowed))
+        self.allowed = min(self.most, self.allowed + (1 / self.allowed if self.was_refused else 1))
 
-    def shrink(self, sent_at: float, now: float) -> bool:
-        "A call sent at this time was refused; False for old news: it was sent before the last halving"
-        if sent_at <= self.shrunk_at:
-            return False
-        self.allowed, self.shrunk_at = max(1.0, self.allowed / 2), now
-        return True
+    def shrink(self) -> None:
+        "A call was refused"
+        self.allowed, self.was_refused = max(1.0, self.allowed / 2), True
 
 # %% ../nbs/lib/limits.ipynb #a0bda23f
 def backoff_s(
@@ -102,7 +98,7 @@ def utc_day() -> str:  # such as `2026-11-24`
 
 
 class Pacer:
-    "Admits calls: below the stated limits, behind one shared gate, with a number in flight that adapts"
+    "Admits calls: below the stated limits, behind one shared gate; without stated limits the number in flight adapts"
 
     def __init__(
         self,
@@ -112,9 +108,11 @@ class Pacer:
         day: Callable[[], str] = utc_day,
     ):
         self.requests, self.tokens = RateBudget(cfg.rpm, clock=clock), RateBudget(cfg.tpm, clock=clock)
-        self.in_flight = InFlight(cfg.max_in_flight, start=cfg.max_in_flight if cfg.rpm else 8)
+        self.adapts = cfg.rpm is None
+        self.in_flight = InFlight(cfg.max_in_flight, start=8 if self.adapts else cfg.max_in_flight)
         self.rpd, self.n_today, self.day, self.today = cfg.rpd, n_sent_today, day, day()
-        self.clock, self.not_before, self.n_refused = clock, clock(), 0
+        self.clock, self.not_before, self.n_refused, self.refused_at = clock, clock(), 0, float("-inf")
+        self._turn = asyncio.Lock()
 
     async def admit(
         self,
@@ -128,12 +126,18 @@ class Pacer:
             raise ResumeLater(f"the {self.rpd} requests of {today} (rpd) are used up; run the same command again after midnight UTC")
         self.n_today += 1
         await self.in_flight.enter()
-        if (wait := max(self.requests.reserve(), self.tokens.reserve(n_tokens))) > 0:
-            await pause(wait)
+        async with self._turn:
+            await self._gate(pause)
+            if (wait := max(self.requests.reserve(), self.tokens.reserve(n_tokens))) > 0:
+                await pause(wait)
+                await self._gate(pause)
+
+    async def _gate(self, pause: Callable[[float], Awaitable]) -> None:
+        "Wait until the gate is open, or the run was stopped"
         while (wait := self.not_before - self.clock()) > 0:
             until = self.clock() + wait
-            await pause(wait + random.uniform(0, 0.05 * wait))
-            if self.clock() < until:  # woken early: the run was stopped
+            await pause(wait)
+            if self.clock() < until:
                 return
 
 # %% ../nbs/lib/limits.ipynb #c3cedbea
@@ -145,9 +149,11 @@ def learn(
 ) -> None:
     "Close the gate or change the number in flight, by what a call came back with"
     now, wait = pacer.clock(), answer.retry_after_s if answer.status in RETRY else None
-    if answer.status == "rate_limited" and pacer.in_flight.shrink(sent_at, now):
-        pacer.n_refused += 1
+    if answer.status == "rate_limited" and sent_at > pacer.refused_at:
+        pacer.n_refused, pacer.refused_at = pacer.n_refused + 1, now
         wait = backoff_s(pacer.n_refused) if wait is None else wait
+        if pacer.adapts:
+            pacer.in_flight.shrink()
     elif answer.status in ("ok", "truncated"):
         pacer.in_flight.grow()
         pacer.n_refused = 0
