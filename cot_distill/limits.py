@@ -96,7 +96,7 @@ def utc_day() -> str:  # such as `2026-11-24`
     "The day that a daily limit counts"
     return time.strftime("%Y-%m-%d", time.gmtime())
 
-
+# %% ../nbs/lib/limits.ipynb #0a52c45d
 class Pacer:
     "Admits calls: below the stated limits, behind one shared gate; without stated limits the number in flight adapts"
 
