@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPERATIONAL', 'PACKAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'read_parquet', 'fingerprint',
            'file_fingerprint', 'begin_stage', 'stage_marker', 'finish_stage', 'stage_state', 'locked', 'RunFolder',
-           'project_root', 'open_run', 'study_in', 'open_chapter', 'usable_cores', 'gpu_names', 'hardware',
-           'provenance', 'record_run', 'write_run_json', 'recorded_stages', 'entries_of']
+           'project_root', 'open_run', 'study_in', 'chapter_path', 'chapter_run', 'open_chapter', 'usable_cores',
+           'gpu_names', 'hardware', 'provenance', 'record_run', 'write_run_json', 'recorded_stages', 'entries_of']
 
 # %% ../nbs/lib/runs.ipynb #a3ef59fc
 import errno
@@ -276,17 +276,36 @@ def _same_study(run: RunFolder, study: StudyConfig) -> None:
         lines = "; ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in refused.items())
         raise InputError(f"{run.path} holds another study ({lines[:600]}); use another --run-dir, or delete the folder to begin anew")
 
+# %% ../nbs/lib/runs.ipynb #2ca6e008
+def chapter_path(
+    path: str | Path,  # as a chapter names it
+) -> Path:  # unchanged when nothing is there
+    "A path seen from here, else from the notebooks, else from the project's folder"
+    places = (Path(), project_root() / "nbs", project_root())
+    return next((found for place in places if (found := place / path).exists()), Path(path))
+
+
+def chapter_run(
+    run_dir: str | Path,  # parameter of a chapter that reads a run
+) -> Path:
+    "The run a chapter reads; for a report opened where it lies, the run around it"
+    return Path("..") if _is_report() else chapter_path(run_dir)
+
+
+def _is_report() -> bool:
+    "Whether we work in the `reports` folder of a run"
+    return Path.cwd().name == "reports" and Path("../config.toml").exists()
+
 # %% ../nbs/lib/runs.ipynb #95e033cb
 def open_chapter(
     config: str,  # the study's TOML, seen from here or from the project's folder
     limit: int = 0,  # at most so many problems in every problem set; 0 is the study's own
     run_dir: str = "",  # empty: `runs/<name>`, or a scratch folder for the study `lesson`
 ) -> tuple[StudyConfig, RunFolder]:
-    "What the parameters of a numbered notebook mean; a report opened where it lies means the run it lies in"
-    if Path.cwd().name == "reports" and Path("../config.toml").exists():
+    "What the parameters of a numbered notebook mean"
+    if _is_report():
         config, run_dir = "../config.toml", ".."
-    path = Path(config) if Path(config).exists() else project_root() / config
-    study = load_study(path, limit=limit or None)
+    study = load_study(chapter_path(config), limit=limit or None)
     if not run_dir and study.name == "lesson":
         run_dir = tempfile.mkdtemp(prefix="cot-distill-lesson-")
     return study, open_run(run_dir, study)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import papermill
 import pytest
 from nbdev.config import get_config
@@ -45,6 +46,26 @@ def test_declares_its_parameters(path: Path) -> None:
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
     assert set(papermill.inspect_notebook(str(path))) == {"config", "teacher", "limit", "run_dir"}
+
+
+def test_the_chapters_that_run_once_declare_what_they_can_use() -> None:
+    assert set(papermill.inspect_notebook(str(ROOT / "nbs/00_teachers.ipynb"))) == {"config"}
+    assert "run_dir" in papermill.inspect_notebook(str(ROOT / "nbs/04_analysis.ipynb"))
+
+
+def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> None:
+    "As people are used to; the report is then continued from the files of its run, in its own folder as JupyterLab does it"
+    run, report = tmp_path / "runs/demo", tmp_path / "runs/demo/reports/01_generate-human.ipynb"
+    report.parent.mkdir(parents=True)
+    tool, quiet = [Path(sys.executable).parent / "papermill", "--no-progress-bar"], os.environ | {"COT_DISTILL_PROGRESS": "off"}
+    given = {"teacher": "human", "config": "configs/demo.toml", "limit": 4, "run_dir": os.path.relpath(run, ROOT / "nbs")}
+    options = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    subprocess.run([*tool, "nbs/01_generate.ipynb", report, *options, "--cwd", "nbs"], cwd=ROOT, check=True, env=quiet)
+    table = pd.read_parquet(run / "teachers/human/rationales.parquet")
+    assert list(table["teacher"]) == ["human"] * 4
+    subprocess.run([*tool, report.name, "again.ipynb"], cwd=report.parent, check=True, env=quiet)
+    assert "(already done)" in (report.parent / "again.ipynb").read_text(encoding="utf-8")
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo"], "no second run folder beside it"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
