@@ -280,8 +280,9 @@ def _same_study(run: RunFolder, study: StudyConfig) -> None:
 def chapter_path(
     path: str | Path,  # as a chapter names it
 ) -> Path:  # unchanged when nothing is there
-    "A path seen from here, else from the notebooks, else from the project's folder"
-    places = (Path(), project_root() / "nbs", project_root())
+    "A path seen from here, else from the notebooks or the folder of the project we are in, else of the one the library lies in"
+    library = Path(__file__).resolve().parents[1] if "__file__" in globals() else project_root()
+    places = (Path(), project_root() / "nbs", project_root(), library / "nbs", library)
     return next((found for place in places if (found := place / path).exists()), Path(path))
 
 
