@@ -19,12 +19,13 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from .config import EvalSetConfig, Part, StudyConfig, difference, is_path, load_study, parse_study
+from .config import EvalSetConfig, Part, StudentConfig, StudyConfig, difference, is_path, load_study, parse_study
 from .errors import CotDistillError, InputError, Interrupted
 from .problems import eval_problems, study_problems
 from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet
@@ -192,10 +193,10 @@ def row_inputs(
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the numbers of one row"
     from cot_distill.generate import generate_inputs
-    from cot_distill.students import student_identity, student_of
+    from cot_distill.students import student_of
 
     student = student_of(study)
-    known = student.model_dump(exclude={"device", "revision"}) | {"model": student_identity(student)}
+    known = student.model_dump(exclude={"device", "revision"}) | {"model": _identity(student)}
     sets = {s.name: fingerprint([[p.question, p.reference_answer] for p in eval_problems(study, s)]) for s in study.eval_sets}
     scored = {"student": known, "problem_sets": sets, "eval": study.eval.model_dump(exclude={"slots", "n_bootstrap", "base_prompts"})}
     if variant == "base":
@@ -204,6 +205,14 @@ def row_inputs(
     recipe = study.train.model_dump(exclude={"checkpoint_every", "checkpoints_kept", "merge"})
     teacher_id, seed = study.variant(variant)
     return scored | {"taught": generate_inputs(study, teacher_id, study_problems(study)), "train": recipe, "seed": seed}
+
+
+@lru_cache
+def _identity(student: StudentConfig) -> str:
+    "Which student this is; its file is read once a process"
+    from cot_distill.students import student_identity
+
+    return student_identity(student)
 
 # %% ../nbs/lib/series.ipynb #5a064b2e
 def work_on(
@@ -269,7 +278,7 @@ def regrade(
         return True
     return False
 
-
+# %% ../nbs/lib/series.ipynb #283fd6d0
 def _regraded(study: StudyConfig, eval_set: EvalSetConfig, answers: "pd.DataFrame") -> "pd.DataFrame | None":
     "Answers with another set's ids and labels; None when a question has none"
     from cot_distill.decoding import Completion
@@ -338,8 +347,7 @@ def run_series(
 # %% ../nbs/lib/series.ipynb #5d2318a6
 def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
     "Bring one row to its end; False when it was there"
-    study = study_of(series, row.study, data, out)
-    run = open_run(out / row.study, study)
+    run = _opened(out / row.study, study_of(series, row.study, data, out))
     study = load_study(run.config_file)
     folder = run.eval_dir(row.variant)
     if begin_stage(folder, "row", row_inputs(study, row.variant)) != "done":
@@ -354,6 +362,17 @@ def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
         if step.records and step.study == row.study and not (out / f"{step.records}.jsonl").exists() and (folder / "samples").exists():
             record_answers(run, study.eval_sets[0].name, out / f"{step.records}.jsonl")
     return is_new
+
+# %% ../nbs/lib/series.ipynb #d2ab3584
+def _opened(path: Path, study: StudyConfig) -> RunFolder:
+    "Open a run folder, wherever its data lay when it was made"
+    run = RunFolder(path)
+    if run.config_file.exists():
+        both = (load_study(run.config_file), study)
+        changes = difference(*(one.model_dump(exclude_none=True) for one in both))
+        if changes and all(key.rpartition(".")[2] in ("source", "path", "model", "description") for key in changes):
+            run.config_file.unlink()
+    return open_run(path, study)
 
 # %% ../nbs/lib/series.ipynb #18d80ca1
 def _borrow(run: RunFolder, variant: str, out: Path) -> None:
@@ -428,7 +447,7 @@ def merge_results(
             taken += _merge_folder(there, out)
     return taken
 
-
+# %% ../nbs/lib/series.ipynb #005c9c6f
 def _merge_folder(source: Path, out: Path) -> list[str]:
     "Take over the finished rows of one folder"
     from cot_distill.eval import write_results
@@ -525,6 +544,30 @@ def rows_shown(
     return lines.reindex(columns=[name for name in order if name in lines and lines[name].fillna("").ne("").any()]).fillna("")
 
 # %% ../nbs/lib/series.ipynb #7d967d8b
+def _act(series: Series, args: argparse.Namespace) -> int:
+    "Do what the arguments ask for"
+    out = args.out or project_root() / "runs" / series.name
+    if args.merge:
+        print("\n".join(merge_results(out, args.merge)) or "nothing new")
+        return 0
+    if args.list:
+        for line in _listing(rows_table(series, out)):
+            print(line)
+        return 0
+    only = [name for name in args.only.split(",") if name]
+    failures = run_series(series, args.data or data_dir(), out, only, args.archive)
+    return 1 if failures else 0
+
+
+def _listing(table: "pd.DataFrame") -> Iterator[str]:
+    "A line a row, and the sum of what is left"
+    for row in table.to_dict("records"):
+        told = f"{row['n_correct']:.0f} of {row['n']:.0f}" if row["state"] == "run" else f"about {row['estimate_s'] / 60:.1f} min" if row["estimate_s"] else "shared"
+        yield f"{row['state']:8} {row['study'] + '/' + row['student']:42} {told}"
+    left = table[table["state"] != "run"]["estimate_s"].sum()
+    yield f"{(table['state'] == 'run').sum()} of {len(table)} rows run; the others should take {left / 3600:.1f} hours (an estimate)"
+
+# %% ../nbs/lib/series.ipynb #1b359b4c
 def data_dir() -> Path:
     "Where the data are looked for: `COT_DISTILL_DATA`, else `shared/data` beside the checkout"
     return Path(os.environ.get("COT_DISTILL_DATA") or os.path.relpath(project_root().parent / "shared" / "data"))
@@ -551,30 +594,6 @@ def main(
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-
-
-def _act(series: Series, args: argparse.Namespace) -> int:
-    "Do what the arguments ask for"
-    out = args.out or project_root() / "runs" / series.name
-    if args.merge:
-        print("\n".join(merge_results(out, args.merge)) or "nothing new")
-        return 0
-    if args.list:
-        for line in _listing(rows_table(series, out)):
-            print(line)
-        return 0
-    only = [name for name in args.only.split(",") if name]
-    failures = run_series(series, args.data or data_dir(), out, only, args.archive)
-    return 1 if failures else 0
-
-
-def _listing(table: "pd.DataFrame") -> Iterator[str]:
-    "A line a row, and the sum of what is left"
-    for row in table.to_dict("records"):
-        told = f"{row['n_correct']} of {row['n']}" if row["state"] == "run" else f"about {row['estimate_s'] / 60:.1f} min" if row["estimate_s"] else "shared"
-        yield f"{row['state']:8} {row['study'] + '/' + row['student']:42} {told}"
-    left = table[table["state"] != "run"]["estimate_s"].sum()
-    yield f"{(table['state'] == 'run').sum()} of {len(table)} rows run; the others should take {left / 3600:.1f} hours (an estimate)"
 
 
 if __name__ == "__main__" and "__file__" in globals():

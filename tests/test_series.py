@@ -340,6 +340,15 @@ def test_a_human_text_in_the_student_s_own_form(solution, text):
     assert asyncio.run(teacher.ask(Question(problem, 0, []))).text == text
 
 
+def test_results_of_another_machine_are_gone_on_with_where_the_data_lie_elsewhere(whole, data, series_file, tmp_path):
+    series = load_series(series_file)
+    run_series(series, data, tmp_path / "there", ["fast/human"], tmp_path / "there.tar.gz")
+    merge_results(tmp_path / "here", [tmp_path / "there.tar.gz"])
+    shutil.copytree(data, tmp_path / "elsewhere" / "moved")
+    assert run_series(series, tmp_path / "elsewhere" / "moved", tmp_path / "here", ["fast/human", "fast/told"]) == {}
+    assert {k: scores(tmp_path / "here")[k]["n_correct"] for k in scores(tmp_path / "here")} == {k: v["n_correct"] for k, v in scores(whole).items() if k[0] == "fast" and k[2] in ("human", "told")}
+
+
 # --- what is published
 
 
