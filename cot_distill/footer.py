@@ -6,11 +6,11 @@
 __all__ = ['footer_text', 'with_footer']
 
 # %% ../nbs/lib/footer.ipynb #1abcf211
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from .config import flatten
 from .runs import RunFolder, entries_of, provenance, recorded_stages
 
 # %% ../nbs/lib/footer.ipynb #1e94f23c
@@ -45,12 +45,13 @@ def _source_rows(source: Mapping[str, Any]) -> dict[str, str]:
 
 def _fact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
     "Inputs, seconds, tokens, dollars: as far as the stage recorded them"
-    inputs, n_tokens = facts.get("inputs"), {name: facts[name] for name in ("n_tokens", "prompt_tokens", "completion_tokens") if facts.get(name) is not None}
+    inputs = {name: str(value) for name, value in flatten(facts.get("inputs") or {}).items() if value is not None}
+    counted = {"n_tokens": "trained on", "prompt_tokens": "prompt", "completion_tokens": "completion"}
     return {
-        "made from": json.dumps(inputs, ensure_ascii=False) if inputs else "",
+        "made from": "; ".join(f"{name} {value[:60]}{'…' * (len(value) > 60)}" for name, value in inputs.items() if name),
         "finished": facts.get("finished_at", ""),
         "wall time": f"{facts['wall_s']:.1f} s" if facts.get("wall_s") is not None else "",
-        "tokens": ", ".join(f"{count:,} {name.removesuffix('_tokens').removeprefix('n_')}" for name, count in n_tokens.items()),
+        "tokens": ", ".join(f"{what} {facts[name]:,}" for name, what in counted.items() if facts.get(name) is not None),
         "US dollars": f"{facts['cost_usd']:.4f}" if facts.get("cost_usd") is not None else "",
     }
 
