@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORM', 'headline', 'results_table', 'gain_sentences', 'rule_table', 'first_set', 'pairwise', 'ranking_sentences',
-           'with_features', 'teacher_table', 'teacher_sentences', 'gains_beside_texts', 'style_table',
+           'with_features', 'teacher_table', 'teacher_sentences', 'gains_beside_texts', 'with_texts', 'style_table',
            'collapse_sentences', 'mistake_sentences', 'cost_table', 'cost_sentences', 'over_runs', 'runs_table',
            'run_sentences', 'sizes', 'size_sentences', 'other_sets', 'brittle_sentences']
 
@@ -176,6 +176,13 @@ def gains_beside_texts(
     return gains.join(properties, how="inner").rename_axis("variant").reset_index()
 
 # %% ../nbs/04_analysis.ipynb #95dcbc65
+def with_texts(
+    answers: pd.DataFrame,  # answers of several students
+) -> pd.DataFrame:  # the same, or none where no text was kept
+    "Answers that can be read, not only counted"
+    return answers if answers["completion"].astype(str).str.strip().any() else answers.iloc[:0]
+
+
 def style_table(
     answers: pd.DataFrame,  # students' answers with features
     texts: pd.DataFrame,  # rationales with features

@@ -241,6 +241,17 @@ def test_the_spread_over_seeds_stands_in_table_and_forest(made: Runs) -> None:
     assert any(len(x) == 2 and abs(x[0] - 100 * (0.45 - base)) < 1e-9 and abs(x[1] - 100 * (0.55 - base)) < 1e-9 for x in ends)
 
 
+def test_a_run_without_its_texts_is_counted_and_not_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 8, 20)
+    for path in run.glob("evals/*/*.parquet"):
+        pd.read_parquet(path).assign(question="", completion="").to_parquet(path, index=False)
+    runs = load_runs([run])
+    answers = analysis.first_set(runs.evals, runs.results)
+    assert len(analysis.pairwise(answers)) == 1 and analysis.with_texts(answers).empty
+    shares = outcome_shares(with_outcomes(analysis.with_features(analysis.with_texts(answers))))
+    assert shares.empty and analysis.collapse_sentences(shares) == []
+
+
 def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
     for runs in (empty, published):
         main = analysis.headline(runs.results)
