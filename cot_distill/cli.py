@@ -232,7 +232,7 @@ def evaluate(
 
     _each(names, work)
 
-
+# %% ../nbs/lib/cli.ipynb #a91004f7
 @app.command()
 def analyze(
     what: Annotated[list[Path], typer.Argument(help="The study's TOML file; or run folders, to be read together.", show_default=False, metavar="CONFIG|RUN...")],
@@ -288,7 +288,7 @@ def quote(config: Config, teachers: Teachers = "", limit: Limit = None, override
     if free := [name for name in names if name not in quotes]:
         print(f"{', '.join(free)}: nobody is asked, nothing is paid")
 
-
+# %% ../nbs/lib/cli.ipynb #56391870
 def _quotes(study: "StudyConfig", teachers: list[str]) -> dict[str, dict[str, Any]]:
     "What each teacher that has to be asked will cost"
     asked = [name for name in teachers if study.teacher(name).provider not in ("human", "recorded")]

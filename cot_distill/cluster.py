@@ -68,7 +68,7 @@ def push(
         if copied:
             copied.unlink()
 
-
+# %% ../nbs/lib/cluster.ipynb #3c0c0889
 def _open(store: str) -> tuple[Any, str]:
     "fsspec's file system and the root of a mirror; raises `InputError` for a place that fsspec cannot open"
     from fsspec.core import url_to_fs

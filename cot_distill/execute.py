@@ -230,7 +230,7 @@ def execute_order(
     write_json(order.outcome, outcome)
     return outcome
 
-
+# %% ../nbs/lib/execute.ipynb #c00420b5
 def order_main(
     launcher_pid: int,  # told, not asked: a launcher that is dead by now would not be found as the parent
 ) -> None:
