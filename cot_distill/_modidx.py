@@ -1159,7 +1159,9 @@ d = { 'settings': { 'branch': 'main',
                                                                                  'cot_distill/trainer.py')},
             'cot_distill.words': { 'cot_distill.words.drawn': ('lib/words.html#drawn', 'cot_distill/words.py'),
                                    'cot_distill.words.markdown_table': ('lib/words.html#markdown_table', 'cot_distill/words.py'),
+                                   'cot_distill.words.p_phrase': ('lib/words.html#p_phrase', 'cot_distill/words.py'),
                                    'cot_distill.words.p_text': ('lib/words.html#p_text', 'cot_distill/words.py'),
                                    'cot_distill.words.percent': ('lib/words.html#percent', 'cot_distill/words.py'),
                                    'cot_distill.words.said': ('lib/words.html#said', 'cot_distill/words.py'),
-                                   'cot_distill.words.seeds_text': ('lib/words.html#seeds_text', 'cot_distill/words.py')}}}
+                                   'cot_distill.words.seeds_text': ('lib/words.html#seeds_text', 'cot_distill/words.py'),
+                                   'cot_distill.words.shown': ('lib/words.html#shown', 'cot_distill/words.py')}}}

@@ -19,7 +19,7 @@ import pandas as pd
 from .frames import Runs
 from .stats import holm, minimum_detectable_difference, paired_difference
 from .texts import text_features
-from .words import p_text, percent, seeds_text
+from .words import p_phrase, p_text, percent, seeds_text
 
 # %% ../nbs/04_analysis.ipynb #01fd9ef2
 def headline(
@@ -59,7 +59,7 @@ def gain_sentences(
     parts = [f"The untrained student solves {base['n_correct']} of {base['n']} problems, {percent(base['accuracy'], base['low'], base['high'])}."]
     for which, verb in ((better, "better than"), (worse, "worse than"), (unclear, "not distinguishable from")):
         if len(which):
-            names = ", ".join(f"**{row.variant}** ({100 * row.delta:+.1f} points, p {p_text(row.p_holm)})" for row in which.itertuples())
+            names = ", ".join(f"**{row.variant}** ({100 * row.delta:+.1f} points, {p_phrase(row.p_holm)})" for row in which.itertuples())
             parts.append(f"After training, {verb} the base at the 5 % level: {names}.")
     return parts
 
@@ -240,7 +240,7 @@ def cost_table(
     "Dollars and machine minutes of each student, in all and a point gained"
     rows = results[results["delta"].notna()].copy()
     points = 100 * rows["delta"].astype(float)
-    table = pd.DataFrame({"variant": rows["variant"], "n": rows["n"], "delta": rows["delta"], "delta_low": rows["delta_low"], "delta_high": rows["delta_high"]})
+    table = pd.DataFrame({"variant": rows["variant"], "n": rows["n"], "points": points, "delta": rows["delta"], "delta_low": rows["delta_low"], "delta_high": rows["delta_high"]})
     table["usd"] = pd.to_numeric(rows["teacher_cost_usd"]).fillna(0.0)
     table["train_min"], table["eval_min"] = pd.to_numeric(rows["train_wall_s"]) / 60, pd.to_numeric(rows["eval_wall_s"]) / 60
     gained = points.where(points > 0)

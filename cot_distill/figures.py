@@ -16,7 +16,7 @@ import pandas as pd
 
 from .plots import teacher_color
 from .texts import MISTAKES
-from .words import p_text
+from .words import p_phrase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,8 +77,7 @@ def plot_forest(
         color, base = _color(row.variant), row.accuracy - row.delta
         ax.plot([100 * row.delta_low, 100 * row.delta_high], [y, y], color=color, linewidth=2.5)
         ax.plot(100 * row.delta, y, "s", color=color, markersize=8)
-        label = f"{100 * row.delta:+.1f}, p = {p_text(row.p_holm)}".replace("= <", "<")
-        ax.annotate(label, (100 * row.delta, y), (0, 9), textcoords="offset points", ha="center", fontsize=9)
+        ax.annotate(f"{100 * row.delta:+.1f}, {p_phrase(row.p_holm)}", (100 * row.delta, y), (0, 9), textcoords="offset points", ha="center", fontsize=9)
         if isinstance(row.over_seeds, dict):
             ends = [100 * (row.over_seeds[end] - base) for end in ("min", "max")]
             ax.plot(ends, [y + 0.24, y + 0.24], "|-", color=color, linewidth=1, markersize=7)
@@ -125,7 +124,7 @@ def plot_pairwise(
     for row in pairs.itertuples():
         i, j = names.index(row.first), names.index(row.second)
         for (y, x), sign in (((i, j), 1), ((j, i), -1)):
-            ax.text(x, y, f"{100 * sign * row.delta:+.1f}\np {p_text(row.p_holm)}", ha="center", va="center", fontsize=9, color="black")
+            ax.text(x, y, f"{100 * sign * row.delta:+.1f}\n{p_phrase(row.p_holm)}", ha="center", va="center", fontsize=9, color="black")
     ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set_title(f"row minus column, points (n = {pairs['n'].iloc[0]:,})", fontsize=10)
