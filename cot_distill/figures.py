@@ -223,7 +223,8 @@ def plot_learning_curve(
     ax.axhline(0, color="0.5", linewidth=1, zorder=0)
     ax.set(xscale="log", xlabel="training examples", ylabel=f"difference to base, points (n = {table['n'].max():,})")
     ticks = sorted(table["n_examples"].unique())
-    ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    apart = [tick for before, tick in zip([0, *ticks], ticks, strict=False) if tick > 1.25 * before]  # labels of nearly equal sizes would touch
+    ax.set_xticks(apart, [f"{tick:,.0f}" for tick in apart])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=9)
     return _tidy(ax)
