@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['DONE', 'RETRY', 'STOP', 'REFUSED', 'GEMINI_BLOCKS', 'QUOTA_WORDS', 'DAY_WORDS', 'MINUTE_WORDS', 'KEY_WORDS',
            'MODEL_WORDS', 'Answer', 'read_openai_body', 'read_gemini_body', 'read_body', 'retry_after_s', 'read_error',
-           'connection_error', 'Question', 'Teacher']
+           'connection_error', 'unreachable', 'Question', 'Teacher']
 
 # %% ../nbs/lib/answers.ipynb #980614f4
 import json
 import re
+import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
@@ -222,10 +224,24 @@ def connection_error(
     url: str,  # what was to be reached
 ) -> str:  # one line, without keys
     "What went wrong below HTTP, in one line"
-    cause = err
-    while cause.__cause__ or cause.__context__:
-        cause = cause.__cause__ or cause.__context__
+    cause = _innermost(err)
     return redact(f"{url} cannot be reached or broke off ({type(cause).__name__}: {str(cause)[:120]}); check base_url, the network and the server")
+
+
+def unreachable(
+    err: BaseException,
+    url: str,  # what was to be reached
+) -> Answer:  # billed, unless the request cannot have left
+    "A call that broke off, or never began"
+    never_sent = isinstance(_innermost(err), ConnectionRefusedError | socket.gaierror | ssl.SSLCertVerificationError)
+    return Answer("unreachable", error=connection_error(err, url), billed=not never_sent)
+
+
+def _innermost(err: BaseException) -> BaseException:
+    "The exception that began it"
+    while err.__cause__ or err.__context__:
+        err = err.__cause__ or err.__context__
+    return err
 
 # %% ../nbs/lib/answers.ipynb #83931dbf
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from .answers import Answer, Question, connection_error, read_error, read_gemini_body
+from .answers import Answer, Question, read_error, read_gemini_body, unreachable
 from .config import TeacherConfig
 from .errors import InputError
 from .keys import redact
@@ -39,7 +39,7 @@ def connect_generativeai(cfg: TeacherConfig, key: str, url: str, deadline_s: flo
         except google_errors.GoogleAPICallError as err:
             return _google_error(err)
         except (requests.RequestException, google_errors.GoogleAPIError) as err:
-            return Answer("unreachable", error=connection_error(err, url))
+            return unreachable(err, url)
         except (ParseError, ValueError, TypeError, KeyError) as err:
             return Answer("malformed", error=redact(f"{type(err).__name__}: {str(err)[:200]}"))
 
@@ -86,7 +86,7 @@ def connect_genai(cfg: TeacherConfig, key: str, url: str, deadline_s: float) -> 
         except errors.APIError as err:
             return read_error(int(err.code or 500), json.dumps(err.details, default=str))
         except HTTPError as err:
-            return Answer("unreachable", error=connection_error(err, url))
+            return unreachable(err, url)
         except ValueError as err:
             return Answer("malformed", error=redact(str(err)[:200]))
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import Answer, Question, Teacher, connection_error, read_body, read_error, read_openai_body
+from .answers import Answer, Question, Teacher, connection_error, read_body, read_error, read_openai_body, unreachable
 from .config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
 from .errors import InputError, ResumeLater
 from .gemini import connect_genai, connect_generativeai
@@ -187,7 +187,7 @@ class OpenAITeacher:
         except TimeoutError:
             return Answer("timeout", error=f"no complete answer within {self.deadline_s:g} s")
         except openai.APIConnectionError as err:
-            return Answer("unreachable", error=connection_error(err, self.cfg.base_url or OPENAI_URL))
+            return unreachable(err, self.cfg.base_url or OPENAI_URL)
 
     async def check(self) -> str:
         "Ask the provider for the model; raises `InputError` with what to do"

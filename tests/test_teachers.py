@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sqlite3
+import ssl
 import subprocess
 import sys
 import time
@@ -174,6 +175,34 @@ def test_preflight_stops_only_the_teacher_concerned(monkeypatch, tmp_path):
 def test_nobody_listens(tmp_path):
     with pytest.raises(ResumeLater, match="cannot be reached"):
         run_generate(make_study("http://127.0.0.1:9/v1"), "t", RunFolder(tmp_path))
+
+
+def tls_server(folder: Path, loop: asyncio.AbstractEventLoop) -> str:
+    "The address of a server whose certificate nobody trusts"
+    names = [str(folder / "key"), str(folder / "certificate")]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", names[0], "-out", names[1], "-days", "1", "-subj", "/CN=localhost"], capture_output=True, check=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(names[1], names[0])
+    server = loop.run_until_complete(asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, ssl=context))
+    return f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+
+@pytest.mark.parametrize("where", ["nobody listens", "untrusted certificate", "hangs up"])
+def test_below_http_the_cause_is_named_and_nothing_unsent_is_billed(tmp_path, where):
+    told = {"nobody listens": "Connect call failed", "untrusted certificate": "CERTIFICATE_VERIFY_FAILED", "hangs up": "broke off"}[where]
+    with asyncio.Runner() as runner, FaultyServer(lambda r, n: Reply(how="reset")) as server:
+        url = {"nobody listens": "http://127.0.0.1:9/v1", "hangs up": server.url}.get(where) or tls_server(tmp_path, runner.get_loop())
+
+        async def ask():
+            teacher = OpenAITeacher(TeacherConfig(provider="openai", model="m", base_url=url), deadline_s=20)
+            try:
+                return await teacher.ask(QUESTION)
+            finally:
+                await teacher.close()
+
+        answer = runner.run(ask())
+    assert answer.status == "unreachable" and told in answer.error, answer
+    assert answer.billed == (where == "hangs up")
 
 
 @pytest.mark.parametrize("value", ["", "   ", "''", "sk with blanks inside", "sk-line\nbreak-inside-here", "short"])
