@@ -1,7 +1,7 @@
 # Every target makes its own environment first, once; nothing outside this folder is touched.
 #   make demo       a whole study on this machine, in minutes, without keys: runs/demo/html/index.html
 #   make test       what CI runs: every notebook and the fast tests, offline
-#   make test-slow  the tests that take minutes
+#   make test-slow  the tests that take minutes, a Ray cluster of two nodes on this machine included
 #   make mock       a mock of hosted models for the tests, from npm; skipped with a word where there is no Node
 #   make lab        JupyterLab on the notebooks
 #   make site       the site from notebooks, reports and results: _site/
@@ -16,6 +16,7 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 BIN := $(VENV)/bin
 MADE := $(VENV)/made
+MADE_SLOW := $(VENV)/made-slow
 # PYTHON=... chooses another one
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -42,8 +43,12 @@ demo: $(MADE)
 test: $(MADE)
 	$(BIN)/python -m pytest
 
-test-slow: $(MADE)
+test-slow: $(MADE_SLOW)
 	$(BIN)/python -m pytest -m slow
+
+$(MADE_SLOW): $(MADE)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,ray]'
+	@touch $@
 
 mock:
 	@command -v npm >/dev/null || { echo "no npm here: the tests against the mock server will be skipped"; exit 0; }; \
