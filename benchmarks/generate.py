@@ -1,6 +1,6 @@
 """How much of a provider's limits is used, and what a request costs: this project beside `openai` alone, `distilabel` and `curator`.
 
-    python benchmarks/generate.py       # this project and `openai`, ten minutes
+    python benchmarks/generate.py       # this project and `openai`, a quarter of an hour
     python benchmarks/generate.py --distilabel-python ~/d/bin/python --curator-python ~/c/bin/python
 
 The other two come from environments of their own: `pip install 'distilabel[openai]' requests`, `pip install bespokelabs-curator`.
@@ -44,7 +44,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--in-flight", default="64,256,512")
     parser.add_argument("--requests", type=int, default=2000, help="of one run under `cost`")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant under `cost`")
-    parser.add_argument("--minute", type=float, default=6.0, help="seconds that a minute lasts under `limits`")
+    parser.add_argument("--minute", type=float, default=20.0, help="seconds that a minute lasts under `limits`")
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
