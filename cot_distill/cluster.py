@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCAL_ONLY', 'SEND_EVERY_S', 'changed_files', 'push', 'pull', 'discard', 'send', 'join_store', 'KeptExecutor',
-           'KeptWork', 'do_job', 'RayWork', 'merge_run', 'Mirror', 'RayExecutor']
+           'withdraw', 'KeptWork', 'do_job', 'RayWork', 'merge_run', 'Mirror', 'RayExecutor']
 
 # %% ../nbs/lib/cluster.ipynb #58e9283d
 import json
@@ -133,9 +133,9 @@ def send(
     known: dict[str, Any],  # as `changed_files` keeps it
     but: Iterable[str] = (),  # paths that others send
 ) -> None:
-    "Bring a mirror up to date: what changed since the last call is sent, what has gone is removed"
+    "Bring a mirror up to date: what changed since the last call is sent, checkpoints that were replaced are removed"
     push(folder, store, [name for name in changed_files(folder, known) if name not in but])
-    gone = [name for name in known if not (folder / name).exists()]
+    gone = [name for name in known if "checkpoints/" in name and not (folder / name).exists()]
     discard(store, gone)
     for name in gone:
         del known[name]
@@ -174,7 +174,7 @@ class KeptExecutor:
 
     def start(self, job: Job, parameters: Mapping[str, Any]) -> "KeptWork | None":
         "Begin a job; None when there is no free place now"
-        discard(self.store, [str(p.relative_to(self.run.path)) for p in job.outputs if not p.exists()])
+        withdraw(self.store, self.run, job)
         work = self.executor.start(job, parameters)
         return work and KeptWork(work, self)
 
@@ -188,6 +188,17 @@ class KeptExecutor:
         "Send the rest"
         self.executor.close()
         self.send()
+
+# %% ../nbs/lib/cluster.ipynb #04628960
+def withdraw(
+    store: str,
+    run: RunFolder,
+    job: Job,  # about to begin
+) -> None:
+    "Take away there what was taken away here to be made anew; raises `InputError` when the whole run folder has gone"
+    if not run.config_file.exists():
+        raise InputError(f"{run.path} has vanished while the study ran; what was kept in {store} is untouched: run the same command again")
+    discard(store, [str(p.relative_to(run.path)) for p in job.outputs if not p.exists()])
 
 # %% ../nbs/lib/cluster.ipynb #61464d70
 class KeptWork:
@@ -325,7 +336,7 @@ class Mirror:
     def before(self, job: Job) -> None:
         "Send what a job may need; take away there what was taken away here"
         if self.store:
-            discard(self.store, [str(p.relative_to(self.run.path)) for p in job.outputs if not p.exists()])
+            withdraw(self.store, self.run, job)
             send(self.run.path, self.store, self.known)
 
     def meanwhile(self) -> None:

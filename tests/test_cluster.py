@@ -95,6 +95,18 @@ def test_a_lost_machine_costs_nothing_that_was_kept(tmp_path: Path) -> None:
         kept(study, store, tmp_path / "p/runs/next")
 
 
+def test_a_run_folder_taken_away_takes_nothing_from_the_store(tmp_path: Path) -> None:
+    study, store = make_project(tmp_path / "p", "a"), f"file://{tmp_path}/store"
+    orders(study.parent, train_a={"raise": "ZeroDivisionError"})
+    assert kept(study, store, tmp_path / "p/runs/small") == 1
+    files = sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file())
+    batch = prepare_batch(study, stages=["generate", "train"], run_dir=tmp_path / "p/runs/small", nbs=study.parent / "nbs", store=store)
+    shutil.rmtree(tmp_path / "p/runs/small")
+    with pytest.raises(InputError, match="has vanished while the study ran"):
+        run_prepared(batch, Console(file=open(os.devnull, "w")), store=store)
+    assert sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file()) == files
+
+
 def test_a_store_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--store nowhere://x cannot be opened.*s3fs"):
         kept(make_project(tmp_path, "a"), "nowhere://x", tmp_path / "runs/small")
