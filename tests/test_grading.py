@@ -437,3 +437,31 @@ def test_agrees_with_math_verify(teacher: str) -> None:
             differ.append((row["train_index"], row["gold"], final_answer(row["completion"])))
     million = [(402, "192000000", "192000000")]  # "$192 million": math-verify reads 192
     assert differ == (million if teacher.startswith("qwen") else [])
+
+
+@pytest.mark.slow
+def test_rules_of_the_harness_are_its_own() -> None:
+    extraction = pytest.importorskip("lm_eval.filters.extraction", reason="pip install lm-eval")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+
+    how = {
+        "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"], "ignore_case": True, "ignore_punctuation": False,
+    }  # fmt: skip
+    filters = {
+        "lm_eval_strict": extraction.RegexFilter(regex_pattern=r"#### (\-?[0-9\.\,]+)"),
+        "lm_eval_flexible": extraction.RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1),
+    }
+    texts = [
+        ("#### 1,234. or 5", "#### 1234"),
+        ("$29.00", "29"),
+        ("5.", "5"),
+        ("", "5"),
+        ("a $", "1"),
+    ]
+    texts += [(r["completion"], r["gold"]) for t in EQUAL_TO_GOLD for r in rows(f"teachers/{t}")]
+    for rule, theirs in filters.items():
+        found = theirs.apply([[text] for text, _ in texts], [{}] * len(texts))
+        for (text, gold), (extracted,) in zip(texts, found, strict=True):
+            assert (RULES[rule](text) or "[invalid]") == extracted
+            score = exact_match_hf_evaluate(predictions=[extracted], references=[gold], **how)
+            assert grade_by(rule, text, gold) == bool(score["exact_match"])
