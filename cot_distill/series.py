@@ -335,7 +335,7 @@ def run_series(
                 failures.pop(row.name, None)
             except Interrupted:
                 raise
-            except (CotDistillError, RuntimeError, OSError) as err:  # RuntimeError: what a GPU runs into
+            except (CotDistillError, RuntimeError, OSError, ValueError) as err:  # RuntimeError: what a GPU runs into
                 failures[row.name], is_new = f"{type(err).__name__}: {err}"[:500], False
                 print(f"{row.name}: failed: {failures[row.name]}", file=sys.stderr)
             write_json(out / "failures.json", failures)
@@ -350,8 +350,8 @@ def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
     run = _opened(out / row.study, study_of(series, row.study, data, out))
     study = load_study(run.config_file)
     folder = run.eval_dir(row.variant)
-    if begin_stage(folder, "row", row_inputs(study, row.variant)) != "done":
-        _borrow(run, row.variant, out) if row.variant == "base" else None
+    if begin_stage(folder, "row", row_inputs(study, row.variant)) != "done" and row.variant == "base":
+        _borrow(run, row.variant, out)
     is_new = stage_state(folder, "row") != "finished"
     if is_new:
         print(f"{row.name}: {row.asks}", file=sys.stderr, flush=True)
