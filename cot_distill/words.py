@@ -30,7 +30,7 @@ def percent(
     ends = "" if low is None or math.isnan(low) else f" [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
     return f"{100 * share:{sign}.1f}{'' if signed else ' %'}{ends}"
 
-
+# %% ../nbs/lib/words.ipynb #80c0b968
 def p_text(
     p_value: float | None,
 ) -> str:  # such as "0.031" or "< 0.0001"
@@ -47,7 +47,7 @@ def p_phrase(
     text = p_text(p_value)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
-
+# %% ../nbs/lib/words.ipynb #e5b7ab4c
 def seeds_text(
     spread: dict[str, Any] | None,  # `over_seeds` of a row of `results.json`
 ) -> str | None:  # such as "46.0 ± 3.0 % (3 seeds)"; None without repeats
