@@ -74,6 +74,7 @@ class TeacherConfig(Part):
     calculator_marks: bool = True  # human only: keep GSM8K notes such as <<48/2=24>>
     answer_line: str | None = None  # human only: the last line, such as "Final Answer: {answer}"; None: as it stands
     extra_body: dict[str, Any] = Field(default_factory=dict)  # provider's own switches
+    send_as: dict[Literal["temperature", "top_p", "max_tokens"], str] = Field(default_factory=dict)  # openai only: a setting under another name; "" leaves it out
     rpm: float | None = Field(None, gt=0)  # requests a minute; None: adapt to the provider
     tpm: float | None = Field(None, gt=0)  # tokens a minute, max_tokens included
     rpd: int | None = Field(None, ge=1)  # requests a day

@@ -171,7 +171,7 @@ def generate_inputs(
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the rationales"
     cfg = study.teacher(teacher_id)
-    who = cfg.model_dump(include={"provider", "model", "base_url", "sdk", "extra_body"})
+    who = cfg.model_dump(include={"provider", "model", "base_url", "sdk", "extra_body"} | ({"send_as"} if cfg.send_as else set()))
     if cfg.provider == "recorded":
         who = {"provider": "recorded", "recording": recording_path(study, cfg).name, "content": recording_hash(study, cfg)}
     if cfg.provider == "human":

@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from .answers import Answer, Question, Teacher, connection_error, read_body, read_error, read_openai_body, unreachable
 from .config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
 from .errors import InputError, ResumeLater
@@ -201,9 +203,10 @@ def request_body(
     cfg: TeacherConfig,
     question: Question,
 ) -> dict[str, Any]:  # JSON
-    "A question as the body of a chat completion, the provider's own switches included"
+    "A question as the body of a chat completion, by the provider's names and with its own switches"
     asked = {"model": cfg.model, "messages": question.messages, "temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens}
-    return asked | cfg.extra_body
+    named = {cfg.send_as.get(name, name): value for name, value in asked.items() if cfg.send_as.get(name) != ""}
+    return named | cfg.extra_body
 
 
 def _openai_client(cfg: TeacherConfig, deadline_s: float) -> "AsyncOpenAI":
@@ -325,7 +328,11 @@ class LocalTeacher:
         from cot_distill.students import load_student
 
         self.cfg = cfg
-        student = StudentConfig(model=model_source, **{"dtype": "float32", "device": "auto"} | cfg.extra_body)
+        try:
+            student = StudentConfig(model=model_source, **{"dtype": "float32", "device": "auto"} | cfg.extra_body)
+        except ValidationError as err:
+            where, why = ".".join(map(str, err.errors()[0]["loc"])), err.errors()[0]["msg"]
+            raise InputError(f"extra_body of the local model {cfg.model!r}: {where}: {why}; it takes dtype, device and quantization") from None
         self.model, self.tokenizer = load_student(student)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="local-teacher")
 
@@ -421,7 +428,8 @@ def request_of(
         return shared | {"recording": recording_hash(study, cfg)}
     if cfg.provider == "human":
         return shared | {"solution": question.problem.solution} | human_form(cfg)
-    return shared | {"temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens, "extra_body": cfg.extra_body}
+    settings = {"temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens, "extra_body": cfg.extra_body}
+    return shared | settings | ({"send_as": cfg.send_as} if cfg.send_as else {})
 
 # %% ../nbs/00_teachers.ipynb #a729fa96
 def teacher_table(

@@ -152,6 +152,30 @@ def test_gemini_through_its_openai_endpoint(monkeypatch, tmp_path):
         assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
 
 
+def test_settings_under_other_names(tmp_path):
+    "A model that knows max_completion_tokens and no temperature is asked so, and its wider second try too"
+
+    def script(request, n):
+        if {"max_tokens", "temperature"} & set(request.body):
+            return Reply(400, error("Unsupported parameter: use 'max_completion_tokens' instead"))
+        return Reply(body=completion(finish="length" if n == 1 else "stop"))
+
+    with FaultyServer(script) as server:
+        study = make_study(server.url, teacher={"send_as": {"max_tokens": "max_completion_tokens", "temperature": ""}})
+        assert run_generate(study, "t", RunFolder(tmp_path / "a")).n_kept == 1
+        assert [r.body["max_completion_tokens"] for r in server.requests] == [64, 128]
+        assert run_generate(make_study(server.url), "t", RunFolder(tmp_path / "b")).drop_reasons == {"refused": 1}
+    with pytest.raises(InputError, match="send_as"):
+        make_study(server.url, teacher={"send_as": {"n": "m"}})
+
+
+def test_a_local_model_with_settings_that_do_not_exist(tmp_path):
+    teacher = {"provider": "transformers", "model": "smollm2-135m", "extra_body": {"dtyp": "float32"}}
+    study = parse_study({"name": "x", "problems": {"source": "two-step", "limit": 1}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 1}], "teachers": {"t": teacher}})
+    with pytest.raises(InputError, match="extra_body of the local model 'smollm2-135m': dtyp"):
+        run_generate(study, "t", RunFolder(tmp_path))
+
+
 def test_preflight_stops_only_the_teacher_concerned(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("DEEPSEEK_API_KEY", raising=False)
