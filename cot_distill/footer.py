@@ -7,7 +7,9 @@ __all__ = ['footer_text', 'with_footer']
 
 # %% ../nbs/lib/footer.ipynb #1abcf211
 import re
+import tomllib
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 from .config import flatten
@@ -23,7 +25,7 @@ def footer_text(
     "Provenance of one report: study, code, versions, machine, inputs, time, tokens, dollars"
     entries = entries_of(recorded_stages(run), stage, variant) if finished else {}
     source = next((facts["provenance"] for facts in reversed(entries.values()) if facts.get("provenance")), None) or provenance()
-    rows = {"stage": f"{stage}{f' of {variant}' if variant else ''}{'' if finished else ', not finished'}"} | _source_rows(source)
+    rows = {"stage": f"{stage}{f' of {variant}' if variant else ''}{'' if finished else ', not finished'}"} | _study_row(run) | _source_rows(source)
     for key, facts in entries.items():
         label = "" if len(entries) == 1 else f"{key.partition('/')[0].partition(' ')[2]}: "
         rows |= {f"{label}{name}": value for name, value in _fact_rows(facts).items()}
@@ -31,6 +33,14 @@ def footer_text(
     return f"---\n**Where this comes from**\n\n| | |\n|---|---|\n{table}\n\n{_folded_study(run)}"
 
 # %% ../nbs/lib/footer.ipynb #2037ace3
+def _study_row(run: RunFolder) -> dict[str, str]:
+    "Name and seed; a repeat's own seed stands among its inputs"
+    if not run.config_file.exists():
+        return {}
+    study = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
+    return {"study": f"{study.get('name')}, seed {study.get('seed', 0)}"}
+
+
 def _source_rows(source: Mapping[str, Any]) -> dict[str, str]:
     "Code, versions and machine"
     machine = source["hardware"]
@@ -66,9 +76,8 @@ def _folded_study(run: RunFolder) -> str:
     "The resolved study as it lies in the run folder"
     if not run.config_file.exists():
         return ""
-    toml = run.config_file.read_text(encoding="utf-8").strip()
-    fence = "~" * max(3, 1 + max((len(found) for found in re.findall("~+", toml)), default=0))
-    return f"<details><summary>The study, resolved</summary>\n\n{fence}toml\n{toml}\n{fence}\n\n</details>"
+    lines = [line for line in run.config_file.read_text(encoding="utf-8").splitlines() if line]  # a blank line would end the block of HTML
+    return "<details><summary>The study, resolved</summary><pre>" + escape("\n".join(lines), quote=False) + "</pre></details>"
 
 # %% ../nbs/lib/footer.ipynb #1feb70e4
 def with_footer(

@@ -294,7 +294,7 @@ def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None
         assert facts["end_time"] and not facts["exception"] and facts["parameters"]["run_dir"] == "../runs/small"
         assert not os.path.isabs(facts["output_path"]) and not os.path.isabs(facts["input_path"])
         footer = footer_of(run_dir / f"reports/{report}.ipynb")
-        assert all(row in footer for row in ("| code | cot", "| packages | torch", "| machine |", "seed = 0", 'name = "small"'))
+        assert all(row in footer for row in ("| study | small, seed 0 |", "| code | cot", "| packages | torch", "| machine |", "seed = 0", 'name = "small"'))
 
     n, begun = len(seen(folder)), time.monotonic()
     assert run(study)[0] == 0

@@ -97,6 +97,19 @@ def test_run_json_says_where_everything_comes_from(first: RunFolder) -> None:
     assert facts["totals"]["wall_s"] == pytest.approx(sum(stage["wall_s"] for stage in facts["stages"].values()), abs=1e-3)
 
 
+def test_the_footer_of_a_report_is_text_whatever_the_study_says(student: Path, tmp_path: Path) -> None:
+    from nbformat.v4 import new_markdown_cell, new_notebook
+
+    from cot_distill.footer import footer_text
+    from cot_distill.pages import notebook_html
+
+    run = open_run(tmp_path / "whole", study_of(student, description="</pre></details><script>alert(1)</script>\n\n| x |"))
+    text = footer_text(run, "train", "human", finished=False)
+    html = notebook_html(new_notebook(cells=[new_markdown_cell(text)]))
+    assert "<script" not in text + html and "&lt;script&gt;" in html
+    assert html.index("<details>") < html.index("learning_rate = 0.01") < html.index("</details>"), "the resolved study stays behind its fold"
+
+
 @pytest.mark.slow
 def test_one_student_on_two_processes(student: Path, first: RunFolder, tmp_path: Path) -> None:
     "accelerate launch: the passes of a step are shared out, the student is the one of a single process"
