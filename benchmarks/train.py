@@ -7,7 +7,8 @@
 A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`, `trl-bf16`, ...; `trl_free` is TRL without
 padding, which needs FlashAttention. Every variant runs in a process of its own, in turn, `--rounds` times over, on the same
 examples in the same order with the same recipe; the first step is not counted. Tokens are those of the examples: padding is
-no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians.
+no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians. The
+result is written after every round, so that a run that is cut off leaves the rounds it finished.
 """
 
 import argparse
@@ -179,14 +180,14 @@ def main() -> int:
     variants = [v for v in variants if args.trl_python or not v.startswith("trl")]
     sources = args.problems.split(",")
     found: dict[tuple[str, str], list[dict]] = {(s, v): [] for s in sources for v in variants}
-    for number in range(args.rounds):
+    for number in range(1, args.rounds + 1):
         for source, variant in found:
             found[source, variant].append(one(args, variant, source))
-            print(f"round {number + 1}, {source}, {variant}: {found[source, variant][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
-    rows = [row(Path(source).stem, variant, results) for (source, variant), results in found.items()]
-    for r in rows:
-        r["times_padded"] = over(rows, r["problems"], r["variant"], f"padded-{r['variant'].split('-')[1]}")
-    common.report("train", rows, goals(rows, "bf16" if has_gpu else "fp32"), not_run, notes(args))
+            print(f"round {number}, {source}, {variant}: {found[source, variant][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+        rows = [row(Path(source).stem, variant, results) for (source, variant), results in found.items()]
+        for r in rows:
+            r["times_padded"] = over(rows, r["problems"], r["variant"], f"padded-{r['variant'].split('-')[1]}")
+        common.report("train", rows, goals(rows, "bf16" if has_gpu else "fp32"), not_run, notes(args, number))
     return 0
 
 
@@ -234,10 +235,10 @@ def goals(rows: list[dict], weights: str) -> list[dict]:
     return found
 
 
-def notes(args: argparse.Namespace) -> list[str]:
+def notes(args: argparse.Namespace, n_rounds: int) -> list[str]:
     "How the numbers came about"
     return [
-        f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, {args.steps} steps of {args.batch_size} examples, medians of {args.rounds} rounds, variants in turn.",
+        f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, {args.steps} steps of {args.batch_size} examples, medians of {n_rounds} rounds, variants in turn.",
         "tokens_per_s counts the tokens of the examples; times_padded compares with padded batches on the same weights.",
         "TRL logs entropy and token accuracy at each step, as it does by default; gradient checkpointing, its default, is off.",
     ]
