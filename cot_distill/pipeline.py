@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .board import Batch, batch_table, clock, error_sentence, exit_code, plan_report, running_line
-from .config import difference, load_study
+from .config import difference, flatten, load_study
 from .doctor import key_name
 from .errors import InputError
 from .execute import check_notebook, declared_parameters
@@ -302,18 +302,28 @@ def batch_summary(
 def compare_runs(
     run_a: str | Path,
     run_b: str | Path,
-) -> dict[str, dict[str, tuple[Any, Any]]]:  # settings, provenance, results -> dotted key -> values
+) -> dict[str, dict[str, tuple[Any, Any]]]:  # settings, provenance, stages, results -> dotted key -> values
     "What differs between two runs, times left aside"
     folders = [RunFolder(path) for path in (run_a, run_b)]
     for folder in folders:
         if not folder.config_file.exists():
             raise InputError(f"{folder.path} is no run folder: it has no config.toml")
     settings = difference(*(load_study(f.config_file).model_dump(mode="json") for f in folders))
-    facts = [recorded_stages(f) for f in folders]
+    stages = [recorded_stages(f) for f in folders]
+    facts = [{name: {k: v for k, v in one.items() if k != "provenance"} for name, one in found.items()} for found in stages]
     results = [read_json(f.results_json) if f.results_json.exists() else {} for f in folders]
     for one in results:
         one["variants"] = {row["variant"]: row for row in one.get("variants", [])}
     def without_times(found: dict) -> dict:
         return {k: v for k, v in found.items() if not k.endswith(("_s", "_at", "_per_s")) and "wall_s" not in k and "peak" not in k}
 
-    return {"settings": settings, "stages": without_times(difference(*facts)), "results": without_times(difference(*results))}
+    return {"settings": settings, "provenance": difference(*map(_sources, stages)), "stages": without_times(difference(*facts)), "results": without_times(difference(*results))}
+
+
+def _sources(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    "Commit, versions and machine of all stages together, each value once"
+    found: dict[str, set[str]] = {}
+    for facts in stages.values():
+        for key, value in flatten(facts.get("provenance") or {}).items():
+            found.setdefault(key, set()).add(str(value))
+    return {key: "; ".join(sorted(values)) for key, values in found.items()}

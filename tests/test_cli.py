@@ -111,7 +111,7 @@ def test_a_run_for_machines_and_for_people(tmp_path: Path) -> None:
     assert "train human failed: the budget is spent (report: runs/small/reports/02_train-human.ipynb)" in done.stderr
 
     same = call("diff", "runs/small", "runs/small", cwd=tmp_path)
-    assert same.returncode == 0 and same.stdout.count("the same") == 3
+    assert same.returncode == 0 and same.stdout.count("the same") == 4
 
 
 def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None
     report.write_text(report.read_text(encoding="utf-8").replace('"end_time": "2', '"end_time": "", "x": "2'), encoding="utf-8")
     assert run(study)[0] == 0
     assert names(folder, since=n) == ["train human"]
-    assert compare_runs(run_dir, run_dir) == {"settings": {}, "stages": {}, "results": {}}
+    assert compare_runs(run_dir, run_dir) == {"settings": {}, "provenance": {}, "stages": {}, "results": {}}
 
 
 def test_failure_keeps_the_report_and_the_rerun_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from cot_distill.config import StudyConfig, load_study, parse_study, to_toml
 from cot_distill.eval import run_eval, write_results
 from cot_distill.generate import run_generate
 from cot_distill.pipeline import compare_runs
-from cot_distill.runs import RunFolder, open_run, read_json, read_parquet
+from cot_distill.runs import RunFolder, open_run, read_json, read_parquet, write_json
 from cot_distill.train import run_train
 
 TEACHERS = {"human": {"provider": "human"}, "recorded": {"provider": "recorded", "path": "package:two-step-qwen2.5-coder-1.5b.jsonl"}}
@@ -70,7 +70,7 @@ def test_same_config_same_seed_same_numbers(student: Path, first: RunFolder, tmp
     for variant in ("base", *TEACHERS):
         answers = [read_parquet(run.eval_file(variant, "two-step")) for run in (first, again)]
         assert answers[0].equals(answers[1])
-    assert compare_runs(first.path, again.path) == {"settings": {}, "stages": {}, "results": {}}
+    assert compare_runs(first.path, again.path) == {"settings": {}, "provenance": {}, "stages": {}, "results": {}}
 
 
 def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Path) -> None:
@@ -79,6 +79,11 @@ def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Pa
     assert found["settings"] == {"seed": (0, 1)}
     assert losses(first, "human") != losses(other, "human")
     assert found["stages"]["train/human.inputs.seed"] == (0, 1)
+    facts = read_json(other.run_json)
+    for stage in facts["stages"].values():
+        stage["provenance"]["packages"]["torch"] = "9.9"
+    write_json(other.run_json, facts)
+    assert list(compare_runs(first.path, other.path)["provenance"]) == ["packages.torch"], "said once, not once a stage"
 
 
 def test_run_json_says_where_everything_comes_from(first: RunFolder) -> None:
