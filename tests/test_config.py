@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from cot_distill.config import difference, load_study, parse_study, to_toml, with_limit
 from cot_distill.errors import InputError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+FOUND = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = [path for path in FOUND if "steps" not in tomllib.loads(path.read_text())]
 TINY = {
     "name": "tiny",
     "problems": {"source": "two-step"},
@@ -22,6 +23,12 @@ TINY = {
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_studies_load_and_carry_their_file_name(path: Path):
     assert load_study(path).name == path.stem
+
+
+def test_a_series_is_no_study():
+    (series, *_) = [path for path in FOUND if path not in CONFIGS]
+    with pytest.raises(InputError, match="a series of studies.*python -m cot_distill.series"):
+        load_study(series)
 
 
 def test_the_study_as_asked_for_is_configured():
