@@ -324,6 +324,43 @@ def test_contamination_is_counted_by_text_and_length(tmp_path):
     assert "| question | 1 | 2 | 2 | 1 |" in (run.teacher_dir("t") / "README.md").read_text()
 
 
+def test_disk_full_in_the_middle(tmp_path, monkeypatch):
+    "A sentence; what was written is safe; with room again only what was lost is asked again"
+    import cot_distill.ledger
+
+    connect, run = cot_distill.ledger._connect, RunFolder(tmp_path)
+
+    def small(path: Path) -> sqlite3.Connection:
+        connection = connect(path)
+        connection.execute("PRAGMA max_page_count = 20")
+        return connection
+
+    long = Reply(body=completion(text="so " * 500 + "\n#### 12"))
+    with FaultyServer(always(long)) as server:
+        study = make_study(server.url, n=80, teacher={"max_in_flight": 2})
+        monkeypatch.setattr(cot_distill.ledger, "_connect", small)
+        with pytest.raises(InputError, match="make room on the disk"):
+            run_generate(study, "t", run)
+        monkeypatch.setattr(cot_distill.ledger, "_connect", connect)
+        n_sent, n_kept = len(server.requests), sum(r["is_final"] for r in attempts(run))
+        assert 0 < n_kept < 80 and n_sent - n_kept <= 2
+        assert run_generate(study, "t", run).n == 80
+        assert len(server.requests) == 80 + n_sent - n_kept
+
+
+def test_rows_that_are_no_problems_are_set_aside_not_asked(tmp_path):
+    train = tmp_path / "train.jsonl"
+    rows = ['{"question": "What is 3 * 4?", "answer": "#### 12"}', '{"question": null, "answer": "#### 1"}', "{not json", '{"question": "No answer?"}']
+    train.write_text("\n".join(rows))
+    run = RunFolder(tmp_path / "run")
+    with FaultyServer() as server:
+        study = make_study(server.url)
+        study = study.model_copy(update={"problems": study.problems.model_copy(update={"source": str(train), "limit": None})})
+        assert run_generate(study, "t", run).n == len(server.requests) == 1
+    aside = [json.loads(line) for line in (run.teacher_dir("t") / "quarantine.jsonl").read_text().splitlines()]
+    assert len(aside) == 3 and all(row["reason"] for row in aside)
+
+
 def test_throughput_beside_the_limit(tmp_path):
     run = RunFolder(tmp_path)
     with FaultyServer() as server:
