@@ -36,7 +36,7 @@ from .plots import teacher_color
 from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
 from cot_distill.runs import (
-    RunFolder, atomic_path, begin_stage, finish_stage, locked, open_chapter, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet,
+    RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_chapter, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet,
 )  # fmt: skip
 from cot_distill.stats import (
     holm,
@@ -331,7 +331,8 @@ def run_eval(
             )
             if state != "done" or not (facts := _finished(run, variant, eval_set)):
                 facts = _evaluate(study, eval_set, variant, run)
-                record_run(run, f"eval {eval_set.name}", variant, **facts)
+                content = [[p.problem_id, p.question, p.reference_answer] for p in eval_problems(study, eval_set)]
+                record_run(run, f"eval {eval_set.name}", variant, data=fingerprint(content), **facts)
             else:
                 print(
                     f"{variant}: already scored on {eval_set.name}, {facts['n_correct']} of {facts['n']} right",

@@ -55,7 +55,8 @@ def _source_rows(source: Mapping[str, Any]) -> dict[str, str]:
 
 def _fact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
     "Inputs, seconds, tokens, dollars: as far as the stage recorded them"
-    inputs = {name: str(value) for name, value in flatten(facts.get("inputs") or {}).items() if value is not None}
+    made_from = (facts.get("inputs") or {}) | ({"data": facts["data"]} if "data" in facts else {})
+    inputs = {name: str(value) for name, value in flatten(made_from).items() if value is not None}
     counted = {"n_tokens": "trained on", "prompt_tokens": "prompt", "completion_tokens": "completion"}
     return {
         "made from": "; ".join(f"{name} {value[:60]}{'…' * (len(value) > 60)}" for name, value in inputs.items() if name),

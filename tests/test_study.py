@@ -98,6 +98,7 @@ def test_run_json_says_where_everything_comes_from(first: RunFolder) -> None:
     train = facts["stages"]["train/recorded"]["inputs"]
     assert train["seed"] == 0 and len(train["data"]) == 16
     assert len(facts["stages"]["generate/recorded"]["inputs"]["problems"]["content"]) == 16
+    assert len({facts["stages"][f"eval two-step/{v}"]["data"] for v in ("base", *TEACHERS)}) == 1, "all answered the same problems"
     assert facts["totals"]["completion_tokens"] == sum(stage.get("completion_tokens", 0) for stage in facts["stages"].values()) > 0
     assert facts["totals"]["wall_s"] == pytest.approx(sum(stage["wall_s"] for stage in facts["stages"].values()), abs=1e-3)
 
