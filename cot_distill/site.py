@@ -99,6 +99,7 @@ def quarto_notebook(
         cell.id = f"cell-{number}"
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(?<!!)(\[[^\]]*\]\()([^)\s]+)(\))", lambda m: m[1] + resolve(m[2]) + m[3], _clean(cell.source))
+            cell.source = re.sub(r"\A---[ \t]*\n", "* * *\n\n", cell.source)  # a line, not the beginning of metadata
         elif cell.cell_type == "code":
             _stage_code(cell, resolve)
     staged.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]

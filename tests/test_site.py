@@ -442,6 +442,8 @@ def test_library_cells_are_folded_and_directives_gone() -> None:
     assert any(source.startswith('#| code-fold: true\n#| code-summary: "Library code: secret_sauce"') and "secret_sauce" in source for source in sources)
     assert not any("#| export" in source or "hidden_test" in source for source in sources)
     assert yaml.safe_load(sources[0].strip("-\n")) == {"title": "Train · human", "description": "One line"}
+    footer = quarto_notebook(new_notebook(cells=[new_markdown_cell("# A"), new_markdown_cell("---\n**Where this comes from**")]))
+    assert footer.cells[-1].source == "* * *\n\n**Where this comes from**"  # no second block of metadata
 
 
 def test_studies_that_belong_together_have_a_page(staged: Path) -> None:
