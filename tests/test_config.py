@@ -25,6 +25,25 @@ def test_shipped_studies_load_and_carry_their_file_name(path: Path):
     assert load_study(path).name == path.stem
 
 
+def test_repeats_are_students_with_other_seeds():
+    study = parse_study(TINY | {"seed": 7, "repeats": 3})
+    assert study.variants() == {
+        "human": ("human", 7),
+        "human.seed8": ("human", 8),
+        "human.seed9": ("human", 9),
+    }
+    assert study.variant("human.seed8").seed == 8
+    assert list(parse_study(TINY).variants()) == ["human"]
+    with pytest.raises(InputError, match="no student 'human.seed3'; did you mean"):
+        study.variant("human.seed3")
+    teachers = dict.fromkeys(("human", "human.seed1"), TINY["teachers"]["human"])
+    assert len(parse_study(TINY | {"teachers": teachers}).variants()) == 2
+    with pytest.raises(
+        InputError, match="'human.seed1' is also the name of another teacher's repeat"
+    ):
+        parse_study(TINY | {"teachers": teachers, "repeats": 2})
+
+
 def test_a_series_is_no_study():
     (series, *_) = [path for path in FOUND if path not in CONFIGS]
     with pytest.raises(InputError, match="a series of studies.*python -m cot_distill.series"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cot_distill.config import parse_study
+from cot_distill.config import load_study, parse_study
 from cot_distill.errors import InputError
 from cot_distill.runs import (
     RunFolder,
@@ -116,6 +116,12 @@ def test_the_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pat
     holder.wait()
     with locked(tmp_path / "x.lock"):
         pass
+
+
+def test_more_repeats_are_the_same_study(tmp_path: Path):
+    open_run(tmp_path / "run", parse_study(TINY))
+    run = open_run(tmp_path / "run", parse_study(TINY | {"repeats": 3}))
+    assert list(load_study(run.config_file).variants()) == ["human", "human.seed1", "human.seed2"]
 
 
 def test_a_run_folder_takes_new_teachers_and_refuses_new_science(tmp_path: Path):
