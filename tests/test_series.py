@@ -389,7 +389,7 @@ def test_every_row_of_the_reference_study_runs_on_real_data(tmp_path):
     smaller = {
         "problems": {"limit": 24}, "eval_sets": [s | n for s, n in zip(series.study["eval_sets"], n_test, strict=True)],
         "student": {"model": str(tmp_path / "student"), "quantization": "none", "dtype": "float32", "device": "cpu"},
-        "generate": {"keep_wrong": True},  # or a student that is never right could not be its own teacher
+        "generate": {"keep_wrong": True},  # a random student is never right, and shall be its own teacher
         "train": {"lora_r": 4, "lora_alpha": 8}, "eval": {"max_new_tokens": 12, "slots": 20, "n_bootstrap": 200},
     }  # fmt: skip
     fewer = {"problems": {"limit": 12}}
@@ -401,7 +401,11 @@ def test_every_row_of_the_reference_study_runs_on_real_data(tmp_path):
         return step.model_copy(update={"settings": settings})
 
     series = series.model_copy(update={"study": merged(series.study, smaller), "steps": [smaller_step(s) for s in series.steps]})
-    assert run_series(series, DATA, tmp_path / "out", archive=tmp_path / "out.tar.gz") == {}
+    assert run_series(series, DATA, tmp_path / "out", ["self-samples"], tmp_path / "out.tar.gz") == {}
+    recording = tmp_path / "out" / "self.jsonl"
+    assert len(recording.read_text().splitlines()) == 12
+    recording.write_text(recording.read_text().replace('"length"', '"stop"'))  # a random student never comes to an end
+    assert run_series(series, DATA, tmp_path / "out", archive=tmp_path / "rest.tar.gz") == {}
     table = rows_table(series, tmp_path / "out")
     assert set(table["state"]) == {"run"} and len(table) == len(rows_of(series))
     assert (table[table["student"] == "base"].groupby("study")["n"].first().drop("self-samples") == 20).all()
@@ -409,5 +413,5 @@ def test_every_row_of_the_reference_study_runs_on_real_data(tmp_path):
     assert len(once) == 1, "one untrained student, scored once"
     facts = [read_json(p)["facts"]["answers_from"] for p in (tmp_path / "out").glob("*/evals/*/gsm8k-platinum.stage.json")]
     assert set(facts) == {"gsm8k"} and len(facts) == len(table) - 1
-    merge_results(tmp_path / "there", [tmp_path / "out.tar.gz"])
+    merge_results(tmp_path / "there", [tmp_path / "rest.tar.gz", tmp_path / "out.tar.gz"])
     assert scores(tmp_path / "there") == scores(tmp_path / "out")
