@@ -217,14 +217,15 @@ class KeptWork:
 # %% ../nbs/lib/cluster.ipynb #2089bd7f
 def do_job(
     job: Job,
-    parameters: Mapping[str, Any],  # of the notebook; its run_dir is relative to the notebooks
+    parameters: Mapping[str, Any],  # of the notebook
     nbs: str,  # folder of the notebooks on the launcher's machine
+    run_dir: str,  # the run folder, seen from the notebooks
     store: str | None,  # URL of the run folder's mirror; None where the file system is shared
     n_cores: int,
 ) -> dict[str, Any]:  # outcome
     "Do one job on this machine"
     here = Path(nbs) if Path(nbs).is_dir() and not store else Path("nbs").resolve()
-    run = RunFolder(Path(os.path.normpath(here / _run_dir(parameters, here))))
+    run = RunFolder(Path(os.path.normpath(here / run_dir)))
     known: dict[str, Any] = {}
     if store:
         pull(store, run.path, lambda name: _concerns(name, job), exact=True)
@@ -247,10 +248,6 @@ def do_job(
         _send(run, store, known)
     return outcome
 
-
-def _run_dir(parameters: Mapping[str, Any], nbs: Path) -> str:
-    "The run folder as the notebooks see it; the site's job has it absolute"
-    return os.path.relpath(parameters["run_dir"], nbs) if os.path.isabs(parameters["run_dir"]) else parameters["run_dir"]
 
 def _concerns(name: str, job: Job) -> bool:
     "Whether a job may need a file: everything but logs and other students' checkpoints"
@@ -369,6 +366,7 @@ class RayExecutor:
         self.total = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
         self.node_cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]), default=1.0)
         self.used = dict.fromkeys(self.total, 0.0)
+        self.run_dir = os.path.relpath(batch.run.path.resolve(), batch.nbs)
         self.has_gpu = self.total["GPU"] > 0 and batch.study.student.device != "cpu"
         self.n_places = max(1, int(self.total["GPU"] if self.has_gpu else self.total["CPU"] // self.node_cores))
 
@@ -381,7 +379,7 @@ class RayExecutor:
         for name, amount in need.items():
             self.used[name] += amount
         task = self.task.options(num_cpus=need["CPU"], num_gpus=need["GPU"], name=job.name)
-        return RayWork(self, job, task.remote(job, dict(parameters), str(self.batch.nbs), self.mirror.store, int(need["CPU"])), need)
+        return RayWork(self, job, task.remote(job, dict(parameters), str(self.batch.nbs), self.run_dir, self.mirror.store, int(need["CPU"])), need)
 
     def _need(self, job: Job) -> dict[str, float]:
         "What Ray shall set aside for a job"

@@ -142,7 +142,7 @@ def _start_site(order: Order, environment: Mapping[str, str], log: Path) -> subp
     code = f"import sys; from cot_distill.execute import die_with_parent; die_with_parent({os.getpid()}); "
     code += "from cot_distill.runs import RunFolder; from cot_distill.site import render_reports; render_reports(RunFolder(sys.argv[1]))"
     with log.open("wb") as out:
-        command = [sys.executable, "-c", code, order.parameters["run_dir"]]
+        command = [sys.executable, "-c", code, order.run_dir]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=order.cwd, env={**os.environ, **environment}, start_new_session=True)
 
 

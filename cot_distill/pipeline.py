@@ -39,7 +39,7 @@ def check_batch(
     "Settle the parameters of every job; raises `InputError` for a notebook that would not use them"
     for job in batch.jobs:
         if not job.notebook:
-            batch.parameters[job.name] = {"run_dir": str(batch.run.path.resolve())}
+            batch.parameters[job.name] = {}
             continue
         path = batch.nbs / f"{job.notebook}.ipynb"
         if batch.states[job.name] == "done":

@@ -64,6 +64,8 @@ write_json(run.results_json, {'study': study.name, 'problem_set': 'test', 'n': 1
 """,
     "04_analysis": "len(json.loads(run.results_json.read_text())['variants'])",
 }
+# chapters that run once declare less, as the real ones do
+ONCE = {"00_teachers": ("config = ''\n", "import os\nrun_dir = os.path.dirname(config)\n"), "04_analysis": ("run_dir = ''\n", "")}
 STAGES = dict(zip(WORK, ("teachers", "generate", "train", "eval", "analyze"), strict=True))
 
 
@@ -80,7 +82,8 @@ def make_project(folder: Path, *teachers: str, device: str = "cpu", provider: st
     nbs.mkdir(parents=True)
     (folder / "settings.ini").write_text("", encoding="utf-8")
     for name, work in WORK.items():
-        write_notebook(nbs / f"{name}.ipynb", PARAMETERS, f"STAGE = {STAGES[name]!r}\n" + COMMON + work)
+        declared, given = ONCE.get(name, (PARAMETERS, ""))
+        write_notebook(nbs / f"{name}.ipynb", declared, f"STAGE = {STAGES[name]!r}\n{given}" + COMMON + work)
     orders(folder)
     tables = "".join(f"[teachers.{t}]\nprovider = '{provider}'\nmodel = 'm'\n" + ("base_url = 'http://127.0.0.1:9/v1'\n" if provider == "openai" else "") for t in teachers)
     study = folder / "study.toml"
