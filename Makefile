@@ -3,7 +3,7 @@
 #   make test       what CI runs: every notebook and the fast tests, offline
 #   make test-slow  the tests that take minutes, a Ray cluster of two nodes on this machine included
 #   make mock       a mock of hosted models for the tests, from npm; skipped with a word where there is no Node
-#   make lab        JupyterLab on the notebooks
+#   make lab        JupyterLab on the notebooks; LAB_ARGS=--no-browser and the like are passed on
 #   make site       the site from notebooks, reports and results: _site/
 #   make notebooks  run every notebook in place, clean it, export the library, write README.md
 #   make check      do notebooks, library and README agree? (changes nothing when they do)
@@ -55,7 +55,7 @@ mock:
 	npm ci --prefix tests/mock --ignore-scripts --no-audit --no-fund
 
 lab: $(MADE)
-	$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/00_teachers.ipynb
+	$(BIN)/python -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/00_teachers.ipynb $(LAB_ARGS)
 
 site: $(MADE)
 	$(BIN)/cot-distill site

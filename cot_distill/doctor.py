@@ -77,7 +77,7 @@ def check_hardware(
 
     memory_gb, free_gb = psutil.virtual_memory().total / 2**30, shutil.disk_usage(folder).free / 2**30
     gpus = gpu_names()
-    gpu_advice = "" if gpus or not need_gpu else "this student wants a GPU: rent one (docs: beyond one machine), or try configs/demo.toml here"
+    gpu_advice = "" if gpus or not need_gpu else "this student wants a GPU: rent one (configs/rent-a-gpu.sky.yaml, and the chapter Cluster), or try configs/demo.toml here"
     return [
         Finding("memory", "ok" if memory_gb >= 6 else "warn", f"{memory_gb:.0f} GB, {os.cpu_count()} cores", "" if memory_gb >= 6 else "training the demo's student peaks near 5 GB; close other programs"),
         Finding("GPU", "ok" if gpus or not need_gpu else "warn", ", ".join(gpus) or "none", gpu_advice),
