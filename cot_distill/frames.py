@@ -100,9 +100,10 @@ class Runs:
     info: pd.DataFrame  # a row a run: study, description, commit, hardware, and in what its settings differ from the others'
 
     def first(self) -> "Runs":
-        "The first run alone"
-        runs = [name for table in (self.info, self.results) for name in table["run"]]
-        return Runs(**{field.name: (table := getattr(self, field.name))[table["run"] == next(iter(runs), "")] for field in fields(self)})
+        "The first run with results alone; without any results, the first run"
+        names = [*self.results["run"], *self.info["run"]]
+        tables = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Runs(**{name: table[table["run"] == names[0]] if names else table for name, table in tables.items()})
 
 
 def load_runs(

@@ -25,7 +25,7 @@ from .config import load_study, to_toml
 from .errors import InputError
 from .frames import load_runs
 from .pages import prepared, readable_html
-from .reports import STAGE_TITLES, figure_svg, found_reports, is_stopped, render_reports
+from .reports import STAGE_TITLES, figure_svg, found_reports, is_stopped
 from .runs import RunFolder, project_root, read_json, read_parquet, write_json
 from .safety import refuse_to_publish, safe_html, visible
 from .words import markdown_table

@@ -226,6 +226,7 @@ def test_runs_are_told_apart_by_what_their_settings_say(tmp_path: Path) -> None:
     first = runs.first()
     assert set(first.results["run"]) == set(first.evals["run"]) == set(first.training["run"]) == {"small"}
     assert len(analysis.teacher_table(analysis.with_features(first.rationales), first.training)) == 2
+    assert set(load_runs([PUBLISHED, small]).first().results["run"]) == {"original-study"}  # though it has no settings of its own
 
 
 def test_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
