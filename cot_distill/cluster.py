@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['LOCAL_ONLY', 'SEND_EVERY_S', 'changed_files', 'push', 'pull', 'discard', 'send', 'join_store', 'KeptExecutor',
-           'withdraw', 'KeptWork', 'do_job', 'RayWork', 'merge_run', 'Mirror', 'RayExecutor']
+           'withdraw', 'still_there', 'KeptWork', 'do_job', 'RayWork', 'merge_run', 'Mirror', 'RayExecutor']
 
 # %% ../nbs/lib/cluster.ipynb #58e9283d
 import json
 import os
 import sqlite3
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .board import Batch
 from .config import StudyConfig, load_study
-from .errors import InputError
+from .errors import InputError, ResumeLater
 from .executors import Executor, LocalExecutor, Work
 from .plan import Job, path_facts
 from .runs import RunFolder, atomic_path, entries_of, locked, read_json, recorded_stages, write_json, write_run_json
@@ -61,8 +63,10 @@ def push(
         in_place = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))  # object stores write whole
         try:
             fs.put_file(str(copied or source), f"{target}.part" if in_place else target)
-        except FileNotFoundError:  # gone since we looked; the next look says so
-            continue
+        except FileNotFoundError:
+            if source.exists():  # then it is the store that is not there
+                raise
+            continue  # gone since we looked; the next look says so
         if in_place:
             fs.mv(f"{target}.part", target)
         if copied:
@@ -133,8 +137,15 @@ def send(
     known: dict[str, Any],  # as `changed_files` keeps it
     but: Iterable[str] = (),  # paths that others send
 ) -> None:
-    "Bring a mirror up to date: what changed since the last call is sent, checkpoints that were replaced are removed"
-    push(folder, store, [name for name in changed_files(folder, known) if name not in but])
+    "Bring a mirror up to date: what changed is sent, replaced checkpoints are removed; what fails is sent by the next call"
+    due = [name for name in changed_files(folder, known) if name not in but]
+    for number, name in enumerate(due):
+        try:
+            push(folder, store, [name])
+        except OSError:
+            for late in due[number:]:
+                del known[late]
+            raise
     gone = [name for name in known if "checkpoints/" in name and not (folder / name).exists()]
     discard(store, gone)
     for name in gone:
@@ -174,20 +185,30 @@ class KeptExecutor:
 
     def start(self, job: Job, parameters: Mapping[str, Any]) -> "KeptWork | None":
         "Begin a job; None when there is no free place now"
-        withdraw(self.store, self.run, job)
+        still_there(self.run, self.store)
         work = self.executor.start(job, parameters)
-        return work and KeptWork(work, self)
+        if work is None:
+            return None
+        withdraw(self.store, self.run, job)
+        return KeptWork(work, self)
 
-    def send(self, every_s: float = 0.0) -> None:
-        "Send what has changed, unless that was done less than so many seconds ago"
-        if time.monotonic() - self.sent >= every_s:
+    def send_now_and_then(self, every_s: float) -> None:
+        "Send what has changed, unless that was tried less than so many seconds ago; a store that fails is tried again"
+        if time.monotonic() - self.sent < every_s:
+            return
+        try:
             send(self.run.path, self.store, self.known)
-            self.sent = time.monotonic()
+        except OSError as err:
+            print(f"{self.store} could not be written ({err}); tried again in {SEND_EVERY_S:.0f} seconds", file=sys.stderr)
+        self.sent = time.monotonic()
 
     def close(self) -> None:
-        "Send the rest"
+        "Send the rest; raises `ResumeLater` when the store cannot be written"
         self.executor.close()
-        self.send()
+        try:
+            send(self.run.path, self.store, self.known)
+        except OSError as err:
+            raise ResumeLater(f"not all of {self.run.path} is kept in {self.store} ({err}); nothing is lost here: run the same command again") from None
 
 # %% ../nbs/lib/cluster.ipynb #04628960
 def withdraw(
@@ -195,10 +216,17 @@ def withdraw(
     run: RunFolder,
     job: Job,  # about to begin
 ) -> None:
-    "Take away there what was taken away here to be made anew; raises `InputError` when the whole run folder has gone"
+    "Take away there what was taken away here to be made anew"
+    discard(store, [str(p.relative_to(run.path)) for p in job.outputs if not p.exists()])
+
+
+def still_there(
+    run: RunFolder,
+    store: str,
+) -> None:
+    "Raise `InputError` when the run folder has been taken away, lest the store be made to look like it"
     if not run.config_file.exists():
         raise InputError(f"{run.path} has vanished while the study ran; what was kept in {store} is untouched: run the same command again")
-    discard(store, [str(p.relative_to(run.path)) for p in job.outputs if not p.exists()])
 
 # %% ../nbs/lib/cluster.ipynb #61464d70
 class KeptWork:
@@ -211,7 +239,7 @@ class KeptWork:
     def poll(self) -> dict[str, Any] | None:
         "Outcome, None while it runs"
         outcome = self.work.poll()
-        self.keeper.send(SEND_EVERY_S if outcome is None else 0.0)
+        self.keeper.send_now_and_then(SEND_EVERY_S if outcome is None else 0.0)
         return outcome
 
 # %% ../nbs/lib/cluster.ipynb #2089bd7f
@@ -260,7 +288,8 @@ def _follow(work: Any, run: RunFolder, store: str | None, known: dict[str, Any])
     while (outcome := work.poll()) is None:
         time.sleep(0.2)
         if store and time.monotonic() - sent > SEND_EVERY_S:
-            _send(run, store, known)
+            with suppress(OSError):  # the next round, or the last, sends it
+                _send(run, store, known)
             sent = time.monotonic()
     return outcome
 
@@ -333,6 +362,7 @@ class Mirror:
     def before(self, job: Job) -> None:
         "Send what a job may need; take away there what was taken away here"
         if self.store:
+            still_there(self.run, self.store)
             withdraw(self.store, self.run, job)
             send(self.run.path, self.store, self.known)
 

@@ -16,10 +16,11 @@ from rich.console import Console
 from stand_ins import make_project, names, orders, seen
 from test_pipeline import NO_PAGES, results, run
 
-from cot_distill.cluster import changed_files, discard, pull, push, send
+from cot_distill.cluster import KeptExecutor, changed_files, discard, pull, push, send
 from cot_distill.config import load_study
-from cot_distill.errors import InputError
+from cot_distill.errors import InputError, ResumeLater
 from cot_distill.pipeline import prepare_batch, run_prepared
+from cot_distill.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 RENTAL = ROOT / "configs/rent-a-gpu.sky.yaml"
@@ -93,6 +94,31 @@ def test_a_lost_machine_costs_nothing_that_was_kept(tmp_path: Path) -> None:
     assert kept(study, store, tmp_path / "p/runs/third") == 0 and len(names(study.parent)) == 3
     with pytest.raises(InputError, match="written by another machine"):
         kept(study, store, tmp_path / "p/runs/next")
+
+
+class Idle:
+    "An executor that has nothing to do"
+
+    n_places, has_gpu = 1, False
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_store_that_fails_for_a_while_gets_everything_later(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, place = RunFolder(tmp_path / "run"), tmp_path / "store"
+    (run.path / "evals").mkdir(parents=True)
+    keeper = KeptExecutor(Idle(), run, f"file://{place}")
+    for name in ("config.toml", "evals/a", "evals/b"):
+        (run.path / name).write_text(name)
+    place.write_text("a file where the store should be")
+    keeper.send_now_and_then(0.0)
+    assert "could not be written" in capsys.readouterr().err
+    with pytest.raises(ResumeLater, match="nothing is lost here"):
+        keeper.close()
+    place.unlink()
+    keeper.close()
+    assert sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()) == ["config.toml", "evals/a", "evals/b"]
 
 
 def test_a_run_folder_taken_away_takes_nothing_from_the_store(tmp_path: Path) -> None:
