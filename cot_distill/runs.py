@@ -374,7 +374,7 @@ def provenance() -> dict[str, Any]:  # commit, dirtiness, versions, hardware
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     return {
         "cot_distill": _version("cot-distill"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COT_DISTILL_COMMIT"),  # a copy without its repository is told
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError
 from .config import EvalSetConfig, Part, StudentConfig, StudyConfig, difference, is_path, load_study, parse_study
 from .errors import CotDistillError, InputError, Interrupted
 from .problems import eval_problems, study_problems
-from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet
+from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, recorded_stages, stage_marker, stage_state, write_json, write_parquet, write_run_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -392,11 +392,9 @@ def _copy_row(source: RunFolder, target: RunFolder, variant: str) -> None:
         there.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, there)
     shutil.copytree(source.eval_dir(variant), target.eval_dir(variant), dirs_exist_ok=True, ignore=shutil.ignore_patterns("row.stage.json", ".lock", ".parts"))
-    known = read_json(source.run_json)["stages"] if source.run_json.exists() else {}
+    known = {name: entry for name, entry in recorded_stages(source).items() if name.partition("/")[2] == variant}
     with locked(target.path / ".run.lock", wait=True):
-        facts = read_json(target.run_json) if target.run_json.exists() else {"stages": {}}
-        facts["stages"] |= {name: entry for name, entry in known.items() if name.partition("/")[2] == variant}
-        write_json(target.run_json, facts)
+        write_run_json(target, recorded_stages(target) | known)
     write_json(stage_marker(target.eval_dir(variant), "row"), read_json(stage_marker(source.eval_dir(variant), "row")))
 
 
@@ -510,8 +508,7 @@ def rows_table(
 def _made(run_dir: Path, variant: str) -> dict[str, Any]:
     "When, where and from which commit a row was made; seed and examples"
     run = RunFolder(run_dir)
-    stages = read_json(run.run_json)["stages"] if run.run_json.exists() else {}
-    mine = {name: entry for name, entry in stages.items() if name.partition("/")[2] == variant}
+    mine = {name: entry for name, entry in recorded_stages(run).items() if name.partition("/")[2] == variant}
     log = read_json(run.training_log(variant)) if run.training_log(variant).exists() else {}
     last = next((entry["provenance"] for entry in reversed(list(mine.values())) if entry.get("provenance")), None)
     if last is None:

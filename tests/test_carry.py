@@ -33,6 +33,8 @@ def test_everything_arrives(packed):
     assert len(pieces) == 6 and max(p.stat().st_size for p in pieces) <= 1 << 20
     done = carry("unpack", "--carry", packed / "carry", "--to", packed / "carried")
     assert done.returncode == 0, done.stderr
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert f"COT_DISTILL_COMMIT={commit} " in done.stdout and "configs/reference.toml" in done.stdout
     assert (packed / "carried" / "data" / "student" / STUDENT).read_bytes() == (packed / "student.gguf").read_bytes()
     for name in [*DATA, "teachers/gpt-4o.jsonl"]:
         assert (packed / "carried" / "data" / name).read_text() == (packed / "data" / name).read_text()

@@ -168,6 +168,13 @@ def test_stages_side_by_side_all_reach_run_json(tmp_path: Path):
     assert len(read_json(tmp_path / "run.json")["stages"]) == 20
 
 
+def test_a_copy_without_its_repository_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert provenance()["commit"] is None
+    monkeypatch.setenv("COT_DISTILL_COMMIT", "0123abc")
+    assert provenance()["commit"] == "0123abc"
+
+
 def test_provenance_is_a_fixed_list_without_anything_private(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-marked-fake-key")
     text = json.dumps(provenance())

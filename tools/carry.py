@@ -7,8 +7,7 @@ Here, where the network is:
 
 There, once all pieces have arrived in carry/, in whatever order and number of calls:
 
-    python tools/carry.py unpack                       # checks every piece and file; -> carried/
-    PYTHONPATH=carried/site python -m cot_distill.series configs/reference.toml --data carried/data
+    python tools/carry.py unpack                       # checks every piece and file; -> carried/; says the command to run
 
 `--have pandas,pyarrow` leaves out wheels that are there already. Nothing here needs more than Python itself
 (and pip, for the wheels).
@@ -121,7 +120,8 @@ def pack(args: argparse.Namespace) -> None:
     with tarfile.open(fileobj=pieces, mode="w|") as tar:
         for name, path in files.items():
             tar.add(path, arcname=name)
-    facts = {"files": {name: sha256(path) for name, path in files.items()}, "pieces": {name: sha256(args.out / name) for name in pieces.names}}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    facts = {"commit": commit, "files": {name: sha256(path) for name, path in files.items()}, "pieces": {name: sha256(args.out / name) for name in pieces.names}}
     (args.out / "carry.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     print(f"{args.out}: {len(files)} files in {len(pieces.names)} pieces of at most {args.piece_mib} MiB, and carry.json")
@@ -141,7 +141,8 @@ def unpack(args: argparse.Namespace) -> None:
     if wheels and not args.no_install:
         how = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(args.to / "site")]
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", *how, *map(str, wheels)], check=True)
-    print(f"{args.to}: {len(facts['files'])} files, all as they were packed; run with PYTHONPATH={args.to / 'site'}")
+    print(f"{args.to}: {len(facts['files'])} files, all as they were packed. Now, from the project's folder:")
+    print(f"COT_DISTILL_COMMIT={facts['commit']} PYTHONPATH={args.to / 'site'} python -m cot_distill.series configs/reference.toml --data {args.to / 'data'} --archive results.tar.gz")
 
 
 def main() -> None:
