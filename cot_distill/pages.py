@@ -68,10 +68,17 @@ def prepared(
                 continue
             cell.source = facts.source
             cell.metadata = asdict(facts)
-            cell.outputs = [output for output in map(_plain_output, cell.outputs) if output]
+            drawn = any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {}))
+            cell.outputs = [output for output in map(_plain_output, cell.outputs) if output and not (drawn and _names_a_figure(output))]
         cells.append(cell)
     shown.cells = cells
     return shown
+
+
+def _names_a_figure(output: Any) -> bool:
+    "Whether an output is but the name of the axes that stand beside it as a picture"
+    data = output.get("data", {})
+    return list(data) == ["text/plain"] and "".join(data["text/plain"]).lstrip("[(").startswith(("<Axes", "<Figure", "<matplotlib"))
 
 
 def _plain_output(output: Any) -> Any:
@@ -126,6 +133,9 @@ def readable_html(
         else:
             link.unwrap()
     for table in soup.find_all("table"):
+        if not table.find("td"):
+            table.replace_with(BeautifulSoup("<p><em>no rows</em></p>", "html.parser"))
+            continue
         _one_heading_row(table)
         wordy = [cell for cell in table.find_all("td") if len(cell.get_text()) > 40]
         table["class"] = [*table.get("class", []), *(["wordy"] if wordy else [])]

@@ -42,7 +42,7 @@ def executed(title: str) -> nbformat.NotebookNode:
         new_code_cell("print(completion)", outputs=[new_output("stream", text=HOSTILE)]),
         new_code_cell("completion", outputs=[new_output("execute_result", {"text/plain": repr(HOSTILE), "text/html": table + HOSTILE}, execution_count=1)]),
         new_code_cell("said(completion)", outputs=[new_output("display_data", {"text/markdown": HOSTILE + "\n\n```{=html}\n<script>window.broken = 1</script>\n```\n\n[x](javascript:x)"})]),
-        new_code_cell('#| label: fig-x\n#| fig-cap: "A dot"\n#| fig-alt: "One dot"\nplot()', outputs=[new_output("display_data", {"image/png": png, "text/plain": "<Figure>"})]),
+        new_code_cell('#| label: fig-x\n#| fig-cap: "A dot"\n#| fig-alt: "One dot"\nplot()', outputs=[new_output("execute_result", {"text/plain": "<Axes: xlabel='x'>"}, execution_count=1), new_output("display_data", {"image/png": png, "text/plain": "<Figure>"})]),
         new_code_cell("bar", outputs=[new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "application/javascript": "window.broken=1"})]),
     ]
     return new_notebook(cells=cells, metadata={"papermill": {"end_time": "2026-11-22T20:00:00", "duration": 12.0, "exception": None}})
@@ -132,7 +132,7 @@ def test_library_code_is_folded_and_tests_are_left_out(pages: dict[str, Beautifu
     assert "secret_sauce" in folded.summary.get_text() and not folded.has_attr("open")
     assert "hidden_test" not in soup.get_text() and "#| " not in soup.get_text()
     assert soup.find("figure").find("img")["alt"] == "One dot" and soup.find("figcaption").get_text() == "A dot"
-    assert "Parameters of this report" in soup.get_text()
+    assert "Parameters of this report" in soup.get_text() and "<Axes" not in soup.get_text()
 
 
 def test_the_index_says_what_results_json_says(run: RunFolder, pages: dict[str, BeautifulSoup]) -> None:
@@ -149,6 +149,7 @@ def test_tables_have_one_row_of_headings() -> None:
     soup = BeautifulSoup(readable_html(table), "html.parser")
     assert [cell.get_text() for cell in soup.find("thead").find_all("th")] == ["student", "n", "answer"]
     assert soup.find("tbody").th["scope"] == "row" and "wordy" in soup.table["class"]
+    assert "no rows" in readable_html(pd.DataFrame(columns=["n"]).to_html()) and "<table" not in readable_html(pd.DataFrame().to_html())
     plain = BeautifulSoup(readable_html(pd.DataFrame({"n": [4]}).to_html()), "html.parser")
     assert [cell.get_text() for cell in plain.find_all("th")] == ["n", "0"] and "wordy" not in plain.table["class"]
 
