@@ -281,6 +281,8 @@ def regrade(
 # %% ../nbs/lib/series.ipynb #283fd6d0
 def _regraded(study: StudyConfig, eval_set: EvalSetConfig, answers: "pd.DataFrame") -> "pd.DataFrame | None":
     "Answers with another set's ids and labels; None when a question has none"
+    import pandas as pd
+
     from cot_distill.decoding import Completion
     from cot_distill.eval import graded
 
@@ -292,7 +294,7 @@ def _regraded(study: StudyConfig, eval_set: EvalSetConfig, answers: "pd.DataFram
             return None
         found, right = graded(study.eval.rule, Completion(row["completion"], [], row["truncated"]), problem.reference_answer)
         rows.append(row | {"problem_id": problem.problem_id, "question": problem.question, "reference_answer": problem.reference_answer, "final_answer": found, "is_correct": right})
-    return answers.iloc[:0].from_records(rows, columns=list(answers.columns)).astype({"final_answer": "str"})
+    return pd.DataFrame.from_records(rows, columns=list(answers.columns)).astype({"final_answer": "str"})
 
 # %% ../nbs/lib/series.ipynb #3d70a853
 def record_answers(
@@ -360,7 +362,8 @@ def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
         print(f"{row.name}: {scores}; {facts['wall_s']:.0f} s", file=sys.stderr, flush=True)
     for step in series.steps:
         if step.records and step.study == row.study and not (out / f"{step.records}.jsonl").exists() and (folder / "samples").exists():
-            record_answers(run, study.eval_sets[0].name, out / f"{step.records}.jsonl")
+            n_right = record_answers(run, study.eval_sets[0].name, out / f"{step.records}.jsonl")
+            print(f"{row.name}: right answers to {n_right} problems stand in {step.records}.jsonl", file=sys.stderr, flush=True)
     return is_new
 
 # %% ../nbs/lib/series.ipynb #d2ab3584
