@@ -43,8 +43,10 @@ def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--n", type=int, default=40, help="problems for each of the five students")
-    parser.add_argument("--slots", type=int, default=32, help="sequences side by side")
+    parser.add_argument("--n", type=int, default=40, help="problems for each student")
+    parser.add_argument("--students", type=int, default=5, help="so many of base and four adapters are decoded; the last one stands for the rest")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the recorded lengths; a quarter makes it a matter of minutes on a slow machine")
+    parser.add_argument("--slots", type=int, default=16, help="sequences side by side")
     parser.add_argument("--static", type=int, default=16, help="sequences of a static batch, here and in lm-eval")
     parser.add_argument("--alone", type=int, default=2, help="problems decoded one at a time, for base and for an adapter")
     parser.add_argument("--vllm-n", type=int, default=16, help="problems for vLLM and each student")
@@ -75,11 +77,12 @@ def main() -> None:
         common.goal("over lm-eval with its hf backend, times", 2, "lm-eval" in per_s and ours / per_s["lm-eval"] or None),
         common.goal("slot use, 1,319 problems for each of five students", 0.9, used),
     ]
-    skipped = [common.skipped(name, "it ended with an error" if pythons(args)[name] else "no environment given with it") for name in ENGINES if not found.get(name)]
+    skipped = [common.skipped(name, "it ended with an error" if pythons(args)[name] else "no environment with it was given") for name in ENGINES if not found.get(name)]
     skipped.append(common.skipped("flip rate in bfloat16, 5 x 1,319 problems, 100 times one at a time", "needs a GPU; this machine has none"))
     by_cpu = {row["engine"]: row["cpu_s_a_problem"] / rows[0]["cpu_s_a_problem"] for row in rows[1:]}
     notes = [
-        f"{args.n} problems for each of {len(VARIANTS)} students, adapters of rank {args.lora_r} on all linear layers",
+        f"{args.n} problems for each of {args.students} students, lengths {args.scale:g} times the recorded ones, adapters of rank {args.lora_r} on all linear layers",
+        f"{found['slots']['n_settled']} near ties of {rows[0]['tokens']:,} tokens settled alone, so that no answer depends on its neighbours",
         "processor seconds over those of the first row: " + ", ".join(f"{name} {ratio:.1f}x" for name, ratio in by_cpu.items()),
         f"slot use of the first row is that of {args.n} problems, where the end of each student weighs more",
         *([f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"] if flips else []),
@@ -95,7 +98,7 @@ def pythons(args: argparse.Namespace) -> dict[str, str]:
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
     "Write prompts, lengths and random adapters; a JSON file that names them, the one that is there if it fits"
     path = folder / "work.json"
-    wanted = {key: getattr(args, key) for key in ("student", "dtype", "n", "lora_r")}
+    wanted = {key: getattr(args, key) for key in ("student", "dtype", "n", "lora_r", "scale")}
     if path.exists() and json.loads(path.read_text())["settings"] == wanted:
         return path
     if path.exists():
@@ -115,7 +118,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     for variant in VARIANTS:
         of = rng.integers(len(table), size=args.n) if variant == "base" else [VARIANTS.index(variant) - 1] * args.n
         drawn = [np.interp(u, np.linspace(0, 1, 21), table[i]) for i, u in zip(of, rng.random(args.n), strict=True)]
-        lengths[variant] = [min(int(x), LONGEST) for x in drawn]
+        lengths[variant] = [max(1, int(args.scale * min(x, LONGEST))) for x in drawn]
     torch.manual_seed(0)
     for variant in QUANTILES:
         adapted = get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear"))
@@ -168,11 +171,11 @@ def processor_s() -> float:
 
 
 def summed(parts: dict[str, dict[str, float]], lengths: dict[str, list[int]]) -> dict[str, Any]:
-    "Seconds for a problem of mean length of each student, base and one adapter standing for base and four where only these ran"
+    "Seconds for a problem of mean length, over all students; the last one that ran stands for those that did not"
     mean = {v: float(np.mean(lengths[v])) for v in lengths}
-    rest = [v for v in parts if v != "base"]
+    last = list(parts)[-1]
     rates = {key: {v: parts[v][key] / parts[v]["n_tokens"] for v in parts} for key in ("wall_s", "cpu_s")}
-    of = {v: v if v in parts else rest[0] for v in lengths}
+    of = {v: v if v in parts else last for v in lengths}
     seconds = {key: float(np.mean([mean[v] * rates[key][of[v]] for v in lengths])) for key in rates}
     n_tokens = sum(p["n_tokens"] for p in parts.values())
     return seconds | {"n_problems": sum(p["n_problems"] for p in parts.values()), "n_tokens": n_tokens}
@@ -203,7 +206,7 @@ def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, A
     for variant, folder in work["adapters"].items():
         model = load_adapter(model, Path(folder), variant)
     tally, parts, written = DecodeTally(), {}, {}
-    for variant in VARIANTS:
+    for variant in VARIANTS[: args.students]:
 
         def all_of_them(variant: str = variant) -> dict[int, Any]:
             with speaking(model, None if variant == "base" else variant):
@@ -212,7 +215,7 @@ def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, A
         done, cost = timed(all_of_them)
         written[variant] = [done[i].token_ids for i in sorted(done)]
         parts[variant] = cost | {"n_tokens": sum(work["lengths"][variant]), "n_problems": len(done)}
-    return result(parts, work, slot_use=tally.slot_use, written=written)
+    return result(parts, work, slot_use=tally.slot_use, n_settled=tally.n_settled, written=written)
 
 
 def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -306,16 +309,16 @@ def measure_vllm(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, An
 
     llm = LLM(work["source"], dtype=args.dtype, enable_lora=True, max_loras=len(work["adapters"]), max_lora_rank=args.lora_r, max_model_len=1024, enforce_eager=True)
     lora = {v: LoRARequest(v, i, folder) for i, (v, folder) in enumerate(work["adapters"].items(), 1)} | {"base": None}
-    asked = [(v, i) for v in VARIANTS for i in range(min(args.vllm_n, args.n))]
+    asked = [(v, i) for v in VARIANTS[: args.students] for i in range(min(args.vllm_n, args.n))]
     prompts = [{"prompt_token_ids": work["prompts"][i]} for _, i in asked]
     how = [SamplingParams(temperature=0, max_tokens=work["lengths"][v][i], ignore_eos=True) for v, i in asked]
     llm.generate(prompts[:1], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
     done, cost = timed(lambda: llm.generate(prompts, how, lora_request=[lora[v] for v, _ in asked], use_tqdm=False))
     n_tokens = sum(work["lengths"][v][i] for v, i in asked)
-    written: dict[str, list] = {v: [] for v in VARIANTS}
+    written: dict[str, list] = {v: [] for v in VARIANTS[: args.students]}
     for (variant, _), answer in zip(asked, done, strict=True):
         written[variant].append(list(answer.outputs[0].token_ids))
-    each = {v: {key: value / len(VARIANTS) for key, value in (cost | {"n_tokens": n_tokens, "n_problems": len(asked)}).items()} for v in VARIANTS}
+    each = {v: {key: value / args.students for key, value in (cost | {"n_tokens": n_tokens, "n_problems": len(asked)}).items()} for v in written}
     return result(each, work, written=written)
 
 
@@ -324,7 +327,7 @@ def flip_rate(found: dict[str, Any]) -> tuple[int, int] | None:
     if not found.get("vllm"):
         return None
     ours, theirs = (found[name]["written"] for name in ("slots", "vllm"))
-    pairs = [(a, b) for v in VARIANTS for a, b in zip(ours[v], theirs[v], strict=False)]
+    pairs = [(a, b) for v in ours for a, b in zip(ours[v], theirs[v], strict=False)]
     return sum(a != b for a, b in pairs), len(pairs)
 
 
