@@ -170,7 +170,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     from ray.cluster_utils import Cluster
 
     two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | request.param)
-    two.add_node(num_cpus=1, **request.param)
+    two.add_node(**{"num_cpus": 1} | request.param)
     yield two
     ray.shutdown()
     two.shutdown()
@@ -249,6 +249,34 @@ def test_a_shot_worker_costs_a_retry(tmp_path: Path, cluster) -> None:
     assert results(many) == results(alone)
     time.sleep(0.5)
     assert kernels_of(many) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", [{"num_cpus": 0}], indirect=True)
+def test_a_lost_node_costs_a_retry(tmp_path: Path, cluster) -> None:
+    "The machine that trains goes; the study ends on the other one"
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    many = make_project(tmp_path, "a")
+    orders(many.parent, train_a={"seconds": 8})
+    lost: list[int] = []
+
+    def pull_the_plug() -> None:
+        while "train a" not in names(many.parent):
+            time.sleep(0.1)
+        time.sleep(2)
+        above = {parent.pid for process in kernels_of(many) for parent in process.parents()}
+        for node in nodes:
+            if (pid := node.all_processes["raylet"][0].process.pid) in above:
+                lost.append(pid)
+                cluster.remove_node(node, allow_graceful=False)
+                return
+
+    thread = threading.Thread(target=pull_the_plug, daemon=True)
+    thread.start()
+    code, text = on_ray(many, cluster.address)
+    assert code == 0, text
+    assert lost and names(many.parent).count("train a") == 2
+    assert results(many)["variants"]
 
 
 @pytest.mark.slow
