@@ -9,8 +9,8 @@ process of its own. Three questions:
 
 limits   The server refuses what passes 500 requests or 200,000 tokens in any minute; here a minute lasts `--minute` seconds.
 latency  Answers take 8 seconds and 500 requests a minute are allowed (true minutes): how much faster than one at a time?
-cost     Nothing is limited and answers take half a second: requests a second, and processor time a request, by number in flight.
-         What a variant costs once (starting, its first round) is measured by a short run and taken off. This project's runs end
+cost     Nothing is limited and answers take half a second: requests a second (of the middle half, when all is under way), and
+         processor time a request, by number in flight. What a variant costs once (starting, its first round) is measured by a short run and taken off. This project's runs end
          with graded rationales in a parquet file, each attempt on the disk before it is sent; `openai` keeps nothing.
 """
 
@@ -77,7 +77,7 @@ class Server(asyncio.Protocol):
 
     limits: Limits
     latency_s = 0.0
-    stats = {"ok": 0, "refused": 0, "tokens": 0, "first": 0.0, "last_in": 0.0, "last_out": 0.0, "in_flight": 0, "most_in_flight": 0}
+    stats = {"ok": 0, "refused": 0, "tokens": 0, "first": 0.0, "last_in": 0.0, "replies": [], "in_flight": 0, "most_in_flight": 0}
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport, self.buffer = transport, b""
@@ -109,7 +109,7 @@ class Server(asyncio.Protocol):
 
     def complete(self, n_prompt: int) -> None:
         self.stats["in_flight"] -= 1
-        self.stats["last_out"] = time.monotonic()
+        self.stats["replies"].append(time.monotonic())
         message = {"role": "assistant", "content": TEXT, "refusal": None}
         usage = {"prompt_tokens": n_prompt, "completion_tokens": 150, "total_tokens": n_prompt + 150}
         self.send({"id": "x", "object": "chat.completion", "created": 1, "model": "test-model", "choices": [{"index": 0, "finish_reason": "stop", "message": message}], "usage": usage})
@@ -254,7 +254,7 @@ def latency_rows(goals: list) -> Iterator[dict]:
     rates = {}
     for in_flight, n in ((1, 4), (128, 1000)):
         got = run_one(sys.executable, "cot_distill", 8.0, {"rpm": RPM, "tpm": TPM}, n=n, in_flight=in_flight, max_tokens=200, rpm=RPM, tpm=TPM)
-        rates[in_flight] = got["ok"] / (got["last_out"] - got["first"])
+        rates[in_flight] = got["ok"] / (got["replies"][-1] - got["first"])
         yield {"question": "latency of 8 s", "variant": "cot_distill", "in_flight": in_flight, "requests": n, "requests_per_s": rates[in_flight], "times_one_at_a_time": rates[in_flight] / rates[1]}
     goals.append(goal("times as fast as one at a time at 8 s latency and 500 requests a minute", 60, rates[128] / rates[1]))
 
@@ -276,7 +276,7 @@ def cost_rows(args: argparse.Namespace, goals: list, not_run: list) -> Iterator[
                 print(f"{name}, {in_flight} in flight: {runs[name][-1]['cpu_s']:.1f} s for {n}", file=sys.stderr)
         cpu = {name: statistics.median(1000 * (got["cpu_s"] - small[name]) / (n - in_flight) for got in all_) for name, all_ in runs.items()}
         for name, all_ in runs.items():
-            rate = statistics.median(got["ok"] / (got["last_out"] - got["first"]) for got in all_)
+            rate = statistics.median((n // 2) / (got["replies"][3 * n // 4] - got["replies"][n // 4]) for got in all_)
             most = statistics.median(got["most_in_flight"] for got in all_)
             yield {
                 "question": "cost", "variant": name, "in_flight": in_flight, "reached_in_flight": most, "requests": n, "requests_per_s": rate,
@@ -294,7 +294,7 @@ def main() -> int:
         return 0
     from common import report
 
-    rows, goals, not_run = [], [], []
+    rows, goals, not_run, load = [], [], [], os.getloadavg()[0]
     if "limits" in args.questions:
         rows += limits_rows(args, goals)
     if "latency" in args.questions:
@@ -303,6 +303,7 @@ def main() -> int:
         rows += cost_rows(args, goals, not_run)
     notes = [
         f"limits: a minute lasts {args.minute:g} s, so {RPM * 60 / args.minute:,.0f} requests and {TPM * 60 / args.minute:,.0f} tokens a true minute; the server counts the prompt and the whole cap, in any window of that length",
+        f"load average at the start {load:.1f}: what else ran on these cores slows all variants alike" if load > 0.5 else "nothing else ran",
         f"cost: medians of {args.rounds} rounds, the variants in turn; client and server share {os.cpu_count()} cores, so requests a second are those of the pair; `cot_distill` does the whole stage (ledger on disk, grading, screening, parquet)",
     ]  # fmt: skip
     report("generate", rows, goals, not_run, notes)
