@@ -13,6 +13,7 @@ result is written after every round, so that a run that is cut off leaves the ro
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -240,6 +241,7 @@ def notes(args: argparse.Namespace, n_rounds: int) -> list[str]:
     return [
         f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, {args.steps} steps of {args.batch_size} examples, medians of {n_rounds} rounds, variants in turn.",
         "tokens_per_s counts the tokens of the examples; times_padded compares with padded batches on the same weights.",
+        f"Load average of the last 15 minutes: {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores; what is above the cores is other work beside this.",
         "TRL logs entropy and token accuracy at each step, as it does by default; gradient checkpointing, its default, is off.",
     ]
 
