@@ -7,7 +7,8 @@
 A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`, `trl-bf16`, ...; `trl_free` is TRL without
 padding, which needs FlashAttention. Every variant runs in a process of its own, in turn, `--rounds` times over, on the same
 examples in the same order with the same recipe; the first step is not counted. Tokens are those of the examples: padding is
-no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians. The
+no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians;
+without a GPU they are of processor seconds, which other work on the machine changes little. The
 result is written after every round, so that a run that is cut off leaves the rounds it finished.
 """
 
@@ -73,9 +74,11 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
         ends = timed(trainer)
     tokens = [sum(examples[i].n_tokens for i in step) for step in order]
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    done = sum(tokens[1:]) / (ends[-1] - ends[0])
+    (wall_0, cpu_0), (wall_1, cpu_1) = ends[0], ends[-1]
+    done = sum(tokens[1:]) / (wall_1 - wall_0)
+    per_cpu_s = None if torch.cuda.is_available() else sum(tokens[1:]) / (cpu_1 - cpu_0)
     mfu = peak_flops() and plan.tflop * 1e12 / sum(tokens) * done / peak_flops()
-    return {"tokens_per_s": done, "pad_frac": pad_frac, "peak_memory_gb": peak.gb(), "estimated_memory_gb": plan.memory_gb, "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
+    return {"tokens_per_s": done, "tokens_per_cpu_s": per_cpu_s, "pad_frac": pad_frac, "peak_memory_gb": peak.gb(), "estimated_memory_gb": plan.memory_gb, "mfu": mfu, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
 def student_for(model: str, weights: str, has_gpu: bool) -> Any:
@@ -140,18 +143,18 @@ def pad_frac_of(batches: Any) -> float:
     return n_pads / n_positions
 
 
-def timed(trainer: Any) -> list[float]:
-    "Train; when each step ended, in seconds"
+def timed(trainer: Any) -> list[tuple[float, float]]:
+    "Train; when each step ended, in seconds and in this process's processor seconds"
     import torch
     from transformers import TrainerCallback
 
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
 
     trainer.add_callback(Clock())
     trainer.train()
@@ -195,7 +198,8 @@ def main() -> int:
 def one(args: argparse.Namespace, variant: str, source: str) -> dict[str, Any]:
     "Measure one variant in a process of its own"
     python = args.trl_python if variant.startswith("trl") else sys.executable
-    done = subprocess.run([python, __file__, *sys.argv[1:], "--one", variant, source], capture_output=True, text=True)
+    quiet = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # a thread that waits costs no processor time
+    done = subprocess.run([python, __file__, *sys.argv[1:], "--one", variant, source], capture_output=True, text=True, env=quiet)
     result = next((line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if result is None:
         raise SystemExit(f"{variant} on {source} failed:\n{done.stderr[-2000:]}")
@@ -209,15 +213,10 @@ def row(problems: str, variant: str, results: list[dict]) -> dict[str, Any]:
     return {"problems": problems, "variant": variant, **middle, "slowest_round": min(speeds), "fastest_round": max(speeds)}
 
 
-def speed(rows: list[dict], problems: str, variant: str) -> float | None:
-    "Median tokens a second of a variant, where it was run"
-    return next((r["tokens_per_s"] for r in rows if (r["problems"], r["variant"]) == (problems, variant)), None)
-
-
 def over(rows: list[dict], problems: str, variant: str, other: str) -> float | None:
-    "How many times as fast one variant is as another"
-    a, b = speed(rows, problems, variant), speed(rows, problems, other)
-    return a / b if a and b else None
+    "How many times as fast one variant is as another: by the clock on a GPU, by processor seconds without one"
+    speeds = {r["variant"]: r["tokens_per_cpu_s"] or r["tokens_per_s"] for r in rows if r["problems"] == problems}
+    return speeds[variant] / speeds[other] if {variant, other} <= set(speeds) else None
 
 
 def goals(rows: list[dict], weights: str) -> list[dict]:
@@ -227,8 +226,8 @@ def goals(rows: list[dict], weights: str) -> list[dict]:
         mine, trl = ({r["variant"]: r for r in rows if r["problems"] == problems}.get(f"{engine}-{weights}", {}) for engine in ("packed", "trl"))
         gap = abs(mine["last_loss"] - trl["last_loss"]) if mine and trl else None
         found += [
-            common.goal(f"{problems}: packed over padded, tokens/s, times", 1.25, over(rows, problems, f"packed-{weights}", f"padded-{weights}")),
-            common.goal(f"{problems}: packed over TRL's SFTTrainer, tokens/s, times", 1.0, over(rows, problems, f"packed-{weights}", f"trl-{weights}")),
+            common.goal(f"{problems}: packed over padded, speed, times", 1.25, over(rows, problems, f"packed-{weights}", f"padded-{weights}")),
+            common.goal(f"{problems}: packed over TRL's SFTTrainer, speed, times", 1.0, over(rows, problems, f"packed-{weights}", f"trl-{weights}")),
             common.goal(f"{problems}: padding when packed, share of positions", 0.02, mine.get("pad_frac"), at_most=True),
             common.goal(f"{problems}: loss of the last step, packed and TRL apart, nats", 0.01, gap, at_most=True),
             common.goal(f"{problems}: model FLOP utilisation on a GPU", 0.40, mine.get("mfu")),
@@ -240,7 +239,7 @@ def notes(args: argparse.Namespace, n_rounds: int) -> list[str]:
     "How the numbers came about"
     return [
         f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, {args.steps} steps of {args.batch_size} examples, medians of {n_rounds} rounds, variants in turn.",
-        "tokens_per_s counts the tokens of the examples; times_padded compares with padded batches on the same weights.",
+        "tokens_per_s counts the tokens of the examples; times_padded compares with padded batches on the same weights, by the clock on a GPU and by processor seconds without one: other work on the machine lengthens the clock's seconds, hardly the processor's.",
         f"Load average of the last 15 minutes: {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores; what is above the cores is other work beside this.",
         "TRL logs entropy and token accuracy at each step, as it does by default; gradient checkpointing, its default, is off.",
     ]
