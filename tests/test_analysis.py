@@ -321,10 +321,10 @@ def test_programme_made_solutions_hold_no_false_equation() -> None:
 
 @pytest.mark.parametrize("text", ["1 + " * 5000, "(" * 20_000, "9" * 20_000, "1 a " * 5000 + "=", "1+1=2 " * 4000, "\\frac{" * 4000, "<" * 20_000, "9**9**9 = 1", "=" * 9000])
 def test_hostile_texts_cost_no_time(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     equations(text)
     text_features(text)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
 
 
 @given(st.text(alphabet="0123456789+-*/()=.%$ xab\n\\{}", max_size=200))

@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,19 @@ def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess
     return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment}, timeout=300)
 
 
+def cpu_s() -> float:
+    "Processor seconds of all ended child processes: what a call costs, however busy the machine is"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     call("--help")
     took = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = cpu_s()
         assert call("--help").returncode == 0
-        took.append(time.perf_counter() - begun)
+        took.append(cpu_s() - begun)
     assert min(took) < 0.5
     code = "import sys, cot_distill.cli; print([m for m in ('torch', 'transformers', 'pandas', 'numpy', 'papermill', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -97,9 +103,9 @@ def test_a_run_for_machines_and_for_people(tmp_path: Path) -> None:
     assert summary["results"]["study"] == "small" and {job["state"] for job in summary["jobs"]} == {"finished"}
     assert summary["run_dir"] == "runs/small"
 
-    n, begun = len(names(tmp_path)), time.perf_counter()
+    n, begun = len(names(tmp_path)), cpu_s()
     done = call("run", study, "--stages", stages, cwd=tmp_path)
-    assert done.returncode == 0 and time.perf_counter() - begun < 5 and len(names(tmp_path)) == n
+    assert done.returncode == 0 and cpu_s() - begun < 5 and len(names(tmp_path)) == n
     assert "student of" in done.stdout and "human" in done.stdout and done.stdout.strip().splitlines()[-1] == "runs/small"
     assert "\x1b[" not in done.stdout + done.stderr
 
