@@ -192,6 +192,8 @@ def train(
     """Train one student on each teacher's rationales; a cut-off training goes on from its last checkpoint.
 
     Example: [bold]cot-distill train configs/demo.toml --teachers human[/]
+
+    Example: [bold]cot-distill train configs/demo.toml --merge[/]
     """
     study, folder = _open(config, limit, run_dir, [*(overrides or []), *["train.merge=true"] * merge])
     names = comma_list(teachers) or list(study.variants())
