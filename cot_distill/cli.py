@@ -237,7 +237,7 @@ def evaluate(
 # %% ../nbs/lib/cli.ipynb #a91004f7
 @app.command()
 def analyze(
-    what: Annotated[list[Path], typer.Argument(help="The study's TOML file; or run folders, to be read together.", show_default=False, metavar="CONFIG|RUN...")],
+    what: Annotated[list[Path], typer.Argument(help="The study's TOML file, such as configs/demo.toml; or run folders, such as runs/a runs/b, to be read together.", show_default=False, metavar="CONFIG|RUN...")],
     out: Annotated[Path, typer.Option(help="Where the analysis of run folders goes.", metavar="FOLDER")] = Path("runs/together"),
     limit: Limit = None,
     run_dir: RunDir = None,
