@@ -8,8 +8,8 @@ A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`
 padding, which needs FlashAttention. Every variant runs in a process of its own, in turn, `--rounds` times over, on the same
 examples in the same order with the same recipe; the first step is not counted. Tokens are those of the examples: padding is
 no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians;
-without a GPU they are of processor seconds, which other work on the machine changes little. The
-result is written after every round, so that a run that is cut off leaves the rounds it finished.
+without a GPU they are of processor seconds, which other work on the machine changes little. The result is written after
+every round, so that a run that is cut off leaves the rounds it finished.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def main() -> int:
         for source, variant in found:
             found[source, variant].append(one(args, variant, source))
             print(f"round {number}, {source}, {variant}: {found[source, variant][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
-        rows = [row(Path(source).stem, variant, results) for (source, variant), results in found.items()]
+        rows = [row(label(source), variant, results) for (source, variant), results in found.items()]
         for r in rows:
             r["times_padded"] = over(rows, r["problems"], r["variant"], f"padded-{r['variant'].split('-')[1]}")
         common.report("train", rows, goals(rows, "bf16" if has_gpu else "fp32"), not_run, notes(args, number))
@@ -204,6 +204,11 @@ def one(args: argparse.Namespace, variant: str, source: str) -> dict[str, Any]:
     if result is None:
         raise SystemExit(f"{variant} on {source} failed:\n{done.stderr[-2000:]}")
     return json.loads(result)
+
+
+def label(source: str) -> str:
+    "A source's name, or a file's with its folder's: `gsm8k/train`"
+    return "/".join(Path(source).with_suffix("").parts[-2:])
 
 
 def row(problems: str, variant: str, results: list[dict]) -> dict[str, Any]:
