@@ -219,6 +219,10 @@ def test_a_row_that_fails_stops_no_other(data, series_file, tmp_path):
     series = series.model_copy(update={"steps": [Step(study="fast", asks="?", students=["gone", "human"])]})
     failures = run_series(series, data, tmp_path / "out")
     assert list(failures) == ["fast/gone"] and "no recording at" in failures["fast/gone"]
+    broken = RunFolder(tmp_path / "out" / "fast")
+    write_json(broken.teacher_dir("human") / "generate.stage.json", read_json(broken.teacher_dir("human") / "generate.stage.json") | {"facts": {}})  # as an older version might have left it
+    (broken.eval_dir("human") / "row.stage.json").unlink()
+    assert "TypeError" in run_series(series, data, tmp_path / "out")["fast/human"]
     states = rows_table(series, tmp_path / "out").set_index("student")["state"].to_dict()
     assert states == {"base": "run", "gone": "failed", "human": "run"}
 
