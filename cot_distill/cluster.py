@@ -101,7 +101,7 @@ def pull(
 ) -> list[str]:  # what was fetched
     "Fetch what the mirror has and we have not fetched before in this form"
     fs, root = _open(store)
-    there = {path[len(root) + 1 :]: info for path, info in (fs.find(root, detail=True) if fs.exists(root) else {}).items()}
+    there = _listing(fs, root)
     notes, fetched = folder / ".mirror.json", []
     known = read_json(notes) if notes.exists() else {}
     for name in sorted(filter(wanted, there)):
@@ -120,6 +120,19 @@ def pull(
     return fetched
 
 
+def _listing(fs: Any, root: str) -> dict[str, Any]:
+    "Paths in a mirror and what is known of them; looked at again when a file is moved into place meanwhile"
+    for last in (False, False, False, True):
+        try:
+            found = fs.find(root, detail=True) if fs.exists(root) else {}
+            return {path[len(root) + 1 :]: info for path, info in found.items()}
+        except FileNotFoundError:
+            if last:
+                raise
+            time.sleep(0.2)
+    raise AssertionError("the last look returns or raises")
+
+# %% ../nbs/lib/cluster.ipynb #277f185b
 def discard(
     store: str,
     names: Iterable[str],  # paths in the folder
@@ -370,7 +383,8 @@ class Mirror:
         "Fetch, now and then, what running jobs say about themselves"
         if self.store and time.monotonic() - self.looked > SEND_EVERY_S / 2:
             self.looked = time.monotonic()
-            pull(self.store, self.run.path, lambda name: name.startswith(".progress/"))
+            with suppress(OSError):  # only the table would be a little older
+                pull(self.store, self.run.path, lambda name: name.startswith(".progress/"))
 
     def after(self, job: Job) -> None:
         "Take in what a job wrote elsewhere"

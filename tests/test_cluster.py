@@ -67,6 +67,23 @@ def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypat
         run_prepared(batch, Console(file=open(os.devnull, "w")), ray=True)
 
 
+def test_a_file_moved_while_the_store_is_listed_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/a").write_text("whole")
+    real, looks = LocalFileSystem.find, []
+
+    def find(self, *arguments: object, **options: object) -> dict:
+        looks.append(1)
+        if len(looks) < 3:
+            raise FileNotFoundError("a.part")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "find", find)
+    assert pull(f"file://{tmp_path}/store", tmp_path / "here") == ["a"] and len(looks) == 3
+
+
 def test_a_vanished_file_vanishes_from_the_store(tmp_path: Path) -> None:
     folder, store, known = tmp_path / "here", f"file://{tmp_path}/store", {}
     (folder / "checkpoints").mkdir(parents=True)
