@@ -385,8 +385,8 @@ DATA = Path(os.environ.get("COT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "teachers").is_dir(), reason="COT_DISTILL_DATA names no folder with GSM8K and the recorded teachers")
-def test_every_row_of_the_reference_study_runs_on_real_data(tmp_path):
-    "All rows with a random student of a million parameters, few examples and few problems: nothing in the plan is unrunnable"
+def test_the_reference_study_runs_on_real_data(tmp_path):
+    "Every study and every student once, with random weights of a million parameters, few examples and few problems"
     series = load_series(ROOT / "configs" / "reference.toml")
     make_student(tmp_path / "student", hidden=32, layers=1)
     n_test = [{"limit": 20}, {"limit": 16}, {"limit": 4}]
@@ -409,9 +409,14 @@ def test_every_row_of_the_reference_study_runs_on_real_data(tmp_path):
     recording = tmp_path / "out" / "self.jsonl"
     assert len(recording.read_text().splitlines()) == 12
     recording.write_text(recording.read_text().replace('"length"', '"stop"'))  # a random student never comes to an end
-    assert run_series(series, DATA, tmp_path / "out", archive=tmp_path / "rest.tar.gz") == {}
+    chosen: list[Row] = []
+    for row in rows_of(series):
+        known = {name for other in chosen if other.variant != "base" for name in (other.study, other.variant)}
+        chosen += [row] if row.variant == "base" or not {row.study, row.variant} <= known else []
+    assert run_series(series, DATA, tmp_path / "out", [row.name for row in chosen], tmp_path / "rest.tar.gz") == {}
     table = rows_table(series, tmp_path / "out")
-    assert set(table["state"]) == {"run"} and len(table) == len(rows_of(series))
+    table = table[table["state"] == "run"]
+    assert len(table) == len(chosen) and set(table["student"]) == {row.variant for row in rows_of(series)}
     assert (table[table["student"] == "base"].groupby("study")["n"].first().drop("self-samples") == 20).all()
     once = {read_json(p)["finished_at"] for p in (tmp_path / "out").glob("*/evals/base/gsm8k.stage.json")}
     assert len(once) == 1, "one untrained student, scored once"
