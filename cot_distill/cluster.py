@@ -62,13 +62,14 @@ def push(
         copied = _ledger_copy(source) if name.endswith(".sqlite") else None
         in_place = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))  # object stores write whole
         try:
-            fs.put_file(str(copied or source), f"{target}.part" if in_place else target)
+            part = f"{target}.{uuid.uuid4().hex}.part"  # two jobs of one machine may send one file
+            fs.put_file(str(copied or source), part if in_place else target)
         except FileNotFoundError:
             if source.exists():  # then it is the store that is not there
                 raise
             continue  # gone since we looked; the next look says so
         if in_place:
-            fs.mv(f"{target}.part", target)
+            fs.mv(part, target)
         if copied:
             copied.unlink()
 
@@ -97,7 +98,7 @@ def pull(
     store: str,
     folder: Path,
     wanted: Callable[[str], bool] = lambda name: True,  # which paths
-    exact: bool = False,  # also remove what the mirror has not
+    exact: Callable[[str], bool] = lambda name: False,  # which paths to remove where the mirror has not got them
 ) -> list[str]:  # what was fetched
     "Fetch what the mirror has and we have not fetched before in this form"
     fs, root = _open(store)
@@ -113,9 +114,9 @@ def pull(
             fs.get_file(f"{root}/{name}", str(part))
         known[name] = form
         fetched.append(name)
-    for path in [p for p in folder.rglob("*") if p.is_file()] if exact else []:
+    for path in [p for p in folder.rglob("*") if exact(p.relative_to(folder).as_posix()) and p.is_file()]:
         if path.relative_to(folder).as_posix() not in there and not path.name.endswith(LOCAL_ONLY):
-            path.unlink()  # from an earlier job on this machine
+            path.unlink(missing_ok=True)  # from an earlier job on this machine
     write_json(notes, known)
     return fetched
 
@@ -263,13 +264,14 @@ def do_job(
     run_dir: str,  # the run folder, seen from the notebooks
     store: str | None,  # URL of the run folder's mirror; None where the file system is shared
     n_cores: int,
+    made: tuple[str, ...] = (),  # its outputs, as paths in the run folder
 ) -> dict[str, Any]:  # outcome
     "Do one job on this machine"
     here = Path(nbs) if Path(nbs).is_dir() and not store else Path("nbs").resolve()
     run = RunFolder(Path(os.path.normpath(here / run_dir)))
     known: dict[str, Any] = {}
     if store:
-        pull(store, run.path, lambda name: _concerns(name, job), exact=True)
+        pull(store, run.path, lambda name: _concerns(name, job), exact=lambda name: name.startswith(made))  # other jobs may be at work in the same folder
         changed_files(run.path, known)
     study = load_study(run.config_file)
     executor = LocalExecutor(study, run, here, 1)
@@ -423,7 +425,8 @@ class RayExecutor:
         for name, amount in need.items():
             self.used[name] += amount
         task = self.task.options(num_cpus=need["CPU"], num_gpus=need["GPU"], name=job.name)
-        return RayWork(self, job, task.remote(job, dict(parameters), str(self.batch.nbs), self.run_dir, self.mirror.store, int(need["CPU"])), need)
+        made = tuple(str(path.relative_to(self.batch.run.path)) for path in job.outputs)
+        return RayWork(self, job, task.remote(job, dict(parameters), str(self.batch.nbs), self.run_dir, self.mirror.store, int(need["CPU"]), made), need)
 
     def _need(self, job: Job) -> dict[str, float]:
         "What Ray shall set aside for a job"

@@ -39,7 +39,7 @@ def test_a_folder_travels_and_only_changes_are_sent(tmp_path: Path) -> None:
     discard(store, ["evals/base"])
     assert pull(store, tmp_path / "third") == []
     assert pull(store, there) == [] and (there / "evals/base/a.json").exists()
-    assert pull(store, there, exact=True) == [] and not (there / "evals/base/a.json").exists()
+    assert pull(store, there, exact=lambda name: True) == [] and not (there / "evals/base/a.json").exists()
 
 
 def test_a_ledger_in_use_travels_whole(tmp_path: Path) -> None:
