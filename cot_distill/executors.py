@@ -140,7 +140,7 @@ class LocalWork:
 def _start_site(order: Order, environment: Mapping[str, str], log: Path) -> subprocess.Popen:
     "Start the rendering of the run's pages"
     code = f"import sys; from cot_distill.execute import die_with_parent; die_with_parent({os.getpid()}); "
-    code += "from cot_distill.runs import RunFolder; from cot_distill.site import render_reports; render_reports(RunFolder(sys.argv[1]))"
+    code += "from cot_distill.runs import RunFolder; from cot_distill.reports import render_reports; render_reports(RunFolder(sys.argv[1]))"
     with log.open("wb") as out:
         command = [sys.executable, "-c", code, order.run_dir]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=order.cwd, env={**os.environ, **environment}, start_new_session=True)

@@ -505,3 +505,14 @@ def test_the_readme_is_short_and_its_links_hold() -> None:
     assert len(text.splitlines()) <= 120
     for href in re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", text):
         assert re.match(r"https?:", href) or (ROOT / href).exists(), href
+
+
+# ---------------------------------------------------------------- the batch's last stage
+
+
+def test_the_batch_makes_the_pages_in_a_process_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "made", 12, 16)
+    command = [Path(sys.executable).parent / "cot-distill", "run", run / "config.toml", "--run-dir", run, "--stages", "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().endswith("html/index.html") and (run / "html" / "index.html").is_file()
