@@ -6,13 +6,12 @@
 __all__ = ['SEAL', 'seal', 'fault_of', 'checkpoints_in', 'last_good', 'keep_newest']
 
 # %% ../nbs/lib/checkpoints.ipynb #0f8286fc
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
 from .errors import InputError
-from .runs import read_json, write_json
+from .runs import read_json, sha256_of, write_json
 
 # %% ../nbs/lib/checkpoints.ipynb #63d213fd
 SEAL = "seal.json"
@@ -27,13 +26,7 @@ def seal(
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    write_json(folder / SEAL, {str(p.relative_to(folder)): _checksum(p) for p in files})
-
-
-def _checksum(path: Path) -> str:
-    "sha256 of a file"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(folder / SEAL, {str(p.relative_to(folder)): sha256_of(p) for p in files})
 
 # %% ../nbs/lib/checkpoints.ipynb #e5885ac7
 def fault_of(
@@ -50,7 +43,7 @@ def fault_of(
     for name, checksum in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _checksum(folder / name) != checksum:
+        if sha256_of(folder / name) != checksum:
             return f"{name} is damaged"
     return None
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_ENDINGS', 'Part', 'ProblemsConfig', 'EvalSetConfig', 'StudentConfig', 'TeacherConfig', 'GenerateConfig',
-           'TrainConfig', 'EvalConfig', 'RootedPart', 'Variant', 'StudyConfig', 'is_path', 'parse_study', 'load_study',
-           'with_limit', 'to_toml', 'flatten', 'difference']
+           'TrainConfig', 'EvalConfig', 'RootedPart', 'Variant', 'StudyConfig', 'is_path', 'parse_study', 'read_toml',
+           'load_study', 'with_limit', 'to_toml', 'flatten', 'difference']
 
 # %% ../nbs/lib/config.ipynb #71966ba8
 import difflib
@@ -279,6 +279,20 @@ def parse_study(
     study._base_dir = Path(base_dir)
     return study
 
+# %% ../nbs/lib/config.ipynb #11936c00
+def read_toml(
+    path: Path,
+    what: str,  # it should hold, for the message
+    hint: str,  # where to find one
+) -> dict[str, Any]:
+    "Content of a TOML file; raises `InputError` when there is none or it cannot be read"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {what} at {path}; {hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise InputError(f"{path} is not a TOML file: {err}") from None
+
 # %% ../nbs/lib/config.ipynb #f7b32cca
 def load_study(
     path: str | Path,  # the study's TOML
@@ -287,12 +301,7 @@ def load_study(
 ) -> StudyConfig:  # checked and frozen
     "Read a study from its TOML file; raises `InputError` when it cannot be used"
     path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no study at {path}; the ones that ship are in configs/") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise InputError(f"{path} is not a TOML file: {err}") from None
+    data = read_toml(path, "study", "the ones that ship are in configs/")
     if "steps" in data:
         raise InputError(f"{path} is a series of studies, not one; run it with: python -m cot_distill.series {path}")
     for key, value in (overrides or {}).items():

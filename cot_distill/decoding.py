@@ -583,7 +583,7 @@ class TransformersEngine:
 
     def __init__(self, student: StudentConfig):
         self.model, self.tokenizer = load_student(student)
-        self.tally, self.names = DecodeTally(), set[str]()
+        self.tally, self.adapter = DecodeTally(), ""  # name of the one in memory
 
     @property
     def prompt_tokens(self) -> int:
@@ -612,11 +612,13 @@ class TransformersEngine:
             )
 
     def _name(self, adapter: Path) -> str:
-        "Load an adapter unless these weights are loaded already"
+        "Load an adapter in place of the last one, unless these weights are loaded already"
         name = f"adapter_{adapter_fingerprint(adapter)}"
-        if name not in self.names:
+        if name != self.adapter:
             self.model = load_adapter(self.model, adapter, name)
-            self.names.add(name)
+            if self.adapter:
+                self.model.delete_adapter(self.adapter)
+            self.adapter = name
         return name
 
 # %% ../nbs/lib/decoding.ipynb #b7cb9abc

@@ -9,13 +9,12 @@ __all__ = ['execute_reports', 'texts_of', 'withheld', 'publish_study', 'publish_
 import argparse
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import load_study
-from .errors import CotDistillError, InputError
+from .errors import InputError, as_program
 from .runs import RunFolder, project_root, read_parquet, stage_state
 from .safety import refuse_to_publish
 from .screening import NGRAMS, TestIndex
@@ -115,17 +114,17 @@ def main(
     parser.add_argument("--to", type=Path, required=True, help="where the frozen studies go, such as reports/gsm8k")
     parser.add_argument("--no-notebooks", action="store_true", help="do not execute the chapters")
     args = parser.parse_args(argv)
-    try:
-        series = load_series(args.config)
-        out = args.out or project_root() / "runs" / series.name
-        for path in [] if args.no_notebooks else sorted(out.glob("*/results.json")):
-            if code := execute_reports(RunFolder(path.parent)):
-                return code
-        for name, n_withheld in publish_series(series, out, args.to).items():
-            print(f"{args.to / name}: {n_withheld} outputs left out")
-    except CotDistillError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return err.exit_code
+    return as_program(lambda: _act(load_series(args.config), args))
+
+
+def _act(series: Series, args: argparse.Namespace) -> int:
+    "What the command line asks for; the exit code"
+    out = args.out or project_root() / "runs" / series.name
+    for path in [] if args.no_notebooks else sorted(out.glob("*/results.json")):
+        if code := execute_reports(RunFolder(path.parent)):
+            return code
+    for name, n_withheld in publish_series(series, out, args.to).items():
+        print(f"{args.to / name}: {n_withheld} outputs left out")
     return 0
 
 

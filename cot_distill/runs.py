@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPERATIONAL', 'PACKAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'read_parquet', 'fingerprint',
-           'file_fingerprint', 'begin_stage', 'stage_marker', 'finish_stage', 'stage_state', 'locked', 'RunFolder',
-           'project_root', 'open_run', 'study_in', 'chapter_path', 'chapter_run', 'open_chapter', 'usable_cores',
-           'gpu_names', 'hardware', 'provenance', 'record_run', 'write_run_json', 'recorded_stages', 'entries_of']
+           'sha256_of', 'file_fingerprint', 'begin_stage', 'stage_marker', 'finish_stage', 'stage_state', 'locked',
+           'RunFolder', 'project_root', 'open_run', 'study_in', 'chapter_path', 'chapter_run', 'open_chapter',
+           'usable_cores', 'gpu_names', 'hardware', 'provenance', 'record_run', 'write_run_json', 'recorded_stages',
+           'entries_of']
 
 # %% ../nbs/lib/runs.ipynb #a3ef59fc
 import errno
@@ -118,12 +119,19 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def sha256_of(
+    path: str | Path,  # any file
+) -> str:  # 64 hex digits
+    "Checksum of a file, read in blocks"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_fingerprint(
     path: str | Path,
 ) -> str:  # 16 hex digits
-    "Hash of a file's bytes"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    "Hash of a file's bytes, as short as that of settings"
+    return sha256_of(path)[:16]
 
 # %% ../nbs/lib/runs.ipynb #3c66cf30
 def begin_stage(

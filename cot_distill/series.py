@@ -16,7 +16,6 @@ import sys
 import tarfile
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from .config import EvalSetConfig, Part, StudentConfig, StudyConfig, difference, is_path, load_study, parse_study
-from .errors import CotDistillError, InputError, Interrupted
+from .config import EvalSetConfig, Part, StudentConfig, StudyConfig, difference, is_path, load_study, parse_study, read_toml
+from .errors import InputError, Interrupted, as_program
 from .problems import eval_problems, study_problems
 from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, recorded_stages, stage_marker, stage_state, write_json, write_parquet, write_run_json
 
@@ -100,12 +99,7 @@ def load_series(
 
 def _series_data(path: Path) -> dict[str, Any]:
     "The file, laid over the one it is `like`"
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no series at {path}; the ones that ship are configs/reference.toml and configs/reference-small.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise InputError(f"{path} is not a TOML file: {err}") from None
+    data = read_toml(path, "series", "the ones that ship are configs/reference.toml and configs/reference-small.toml")
     like = data.pop("like", None)
     return merged(_series_data(path.parent / like), data) if like else data
 
@@ -586,14 +580,7 @@ def main(
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="SOURCE", help="take over rows from archives or results folders, then stop")
     parser.add_argument("--list", action="store_true", help="show all rows and stop")
     args = parser.parse_args(argv)
-    try:
-        return _act(load_series(args.config), args)
-    except CotDistillError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    return as_program(lambda: _act(load_series(args.config), args))
 
 
 if __name__ == "__main__" and "__file__" in globals():

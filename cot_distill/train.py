@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoints import fault_of, last_good, seal
 from .config import StudentConfig, StudyConfig, TrainConfig
-from .errors import CotDistillError, InputError, Interrupted
+from .errors import InputError, Interrupted, as_program
 from .merging import merge_adapter
 from .packing import Example, token_losses, training_order
 from .plots import teacher_color
@@ -331,13 +331,12 @@ def main(
         return 2
     if os.environ.get("RANK", "0") != "0":
         os.environ["COT_DISTILL_PROGRESS"] = "off"  # the first process shows it for all
-    try:
+
+    def train() -> None:
         study, run = open_chapter(words[0], 0, words[2] if len(words) == 3 else "")
         run_train(study, words[1], run)
-    except CotDistillError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return err.exit_code
-    return 0
+
+    return as_program(train)
 
 
 if __name__ == "__main__" and "__file__" in globals():

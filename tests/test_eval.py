@@ -20,7 +20,7 @@ from tiny_student import make_student, make_study
 from cot_distill import eval as evaluation
 from cot_distill.analysis import results_table
 from cot_distill.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
-from cot_distill.decoding import Completion, open_engine
+from cot_distill.decoding import Completion, TransformersEngine, open_engine
 from cot_distill.errors import InputError
 from cot_distill.eval import (
     Parts,
@@ -67,9 +67,9 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def give_adapter(run: RunFolder, study: StudyConfig, name: str = "human") -> None:
+def give_adapter(run: RunFolder, study: StudyConfig, name: str = "human", seed: int = 3) -> None:
     "Write a random adapter that changes every answer"
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     model, _ = load_student(student_of(study))
     lora = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(run.adapter(name))
@@ -346,6 +346,38 @@ def test_a_retrained_student_is_scored_anew_or_refused(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match="adapter"):
         run_eval(study, "human", run)
+
+
+def test_edited_problems_are_refused_and_absent_ones_are_not_needed(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    path = run.path.parent / "problems.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    study = study_of(folder)
+    study = study.model_copy(update={"eval_sets": [EvalSetConfig(name="own", source=str(path))]})
+    scripted(study, base=["#### 2"])
+    assert run_eval(study, "base", run)["own"]["n_correct"] == 1
+    path.write_text('{"question": "1 + 1?", "answer": "3"}\n')
+    with pytest.raises(InputError, match="content"):
+        run_eval(study, "base", run)
+    path.unlink()
+    assert run_eval(study, "base", run)["own"]["n_correct"] == 1
+
+
+def test_one_adapter_in_memory(folder: Path, run: RunFolder) -> None:
+    study = study_of(folder)
+    engine = TransformersEngine(student_of(study))
+    give_adapter(run, study, "first")
+    give_adapter(run, study, "second", seed=4)
+    prompts = task_prompts(study, eval_tasks(study, study.eval_sets[0], "base"), engine.tokenizer)
+
+    def said(adapter: Path | None) -> list[str]:
+        return [c.text for _, c in sorted(engine.complete(prompts, study.eval, adapter))]
+
+    first, second, base = said(run.adapter("first")), said(run.adapter("second")), said(None)
+    assert first != second and base not in (first, second)
+    assert list(engine.model.peft_config) == [engine.adapter]
+    assert (said(run.adapter("first")), said(None)) == (first, base)
 
 
 @pytest.mark.parametrize(
