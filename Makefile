@@ -6,7 +6,7 @@
 #   make lab        JupyterLab on the notebooks; LAB_ARGS=--no-browser and the like are passed on
 #   make site       the site from notebooks, reports and results: _site/
 #   make notebooks  run every notebook in place, clean it, export the library, write README.md
-#   make check      do notebooks, library and README agree? (changes nothing when they do)
+#   make check      is the code clean, do notebooks, library and README agree? (changes nothing when they do)
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -64,4 +64,5 @@ notebooks: $(MADE)
 	$(BIN)/python tools/notebooks.py
 
 check: $(MADE)
+	$(BIN)/ruff check --quiet .
 	$(BIN)/python tools/check_sync.py

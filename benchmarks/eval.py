@@ -23,10 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import psutil
-
-import common
 
 # Tokens of the recorded answers at 0 %, 5 %, …, 100 %, by SmolLM2's tokenizer.
 QUANTILES = {

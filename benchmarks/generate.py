@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
 PROMPT = "A baker fills trays with rolls, sells some of them, and wants to know how many are left in the evening. Number {i}."
 TEXT = "There are 3 trays with 4 rolls each, so there are 3 * 4 = 12 rolls. " * 8 + "\n#### 12"
@@ -77,7 +78,7 @@ class Server(asyncio.Protocol):
 
     limits: Limits
     latency_s = 0.0
-    stats = {"ok": 0, "refused": 0, "tokens": 0, "first": 0.0, "last_in": 0.0, "replies": [], "in_flight": 0, "most_in_flight": 0}
+    stats: ClassVar[dict[str, Any]] = {"ok": 0, "refused": 0, "tokens": 0, "first": 0.0, "last_in": 0.0, "replies": [], "in_flight": 0, "most_in_flight": 0}
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport, self.buffer = transport, b""

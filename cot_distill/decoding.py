@@ -494,7 +494,7 @@ def _work(
 ) -> None:
     "One worker: until the queue is empty and every slot has ended"
     prompts = [r.prompt for r in requests]
-    prefix = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    prefix = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]  # noqa: RUF071 (of token lists)
     n_columns = -(-max(len(r.prompt) + r.limit for r in requests) // 64) * 64
     with torch.inference_mode():
         cache = SlotCache(n_slots, n_columns)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -519,5 +520,5 @@ def throughput(
 
 def _minutes_of_asking(moments: Sequence[float], longest_break_s: float = 300.0) -> float:
     "Minutes between the first call and the last, without the breaks"
-    gaps = [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(moments)]
     return sum(gap for gap in gaps if gap <= longest_break_s) / 60

@@ -39,9 +39,8 @@ def final_answer(
     text = visible(completion)
     if truncated:
         text = text[:-WINDOW] + _CUT_WORD.sub("", text[-WINDOW:])
-    if run_on := _RUN_ON.search(text):
-        if stated := stated_answer(text[: run_on.start()]):
-            return stated[0] or None
+    if (run_on := _RUN_ON.search(text)) and (stated := stated_answer(text[: run_on.start()])):
+        return stated[0] or None
     if stated := stated_answer(text):
         corrected = corrected_answer(text, stated[1])
         if corrected == "" and not truncated:

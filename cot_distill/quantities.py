@@ -373,7 +373,7 @@ def _same_time(one: str, other: str) -> bool:
         return a[4] == b[4] and int(a[1]) % 12 == int(b[1]) % 12
     half, plain = (a, b) if a[4] else (b, a)
     hour_of_24 = int(half[1]) % 12 + 12 * (half[4] == "P")
-    return int(a[1]) == int(b[1]) or bool(half[4]) and int(plain[1]) == hour_of_24
+    return int(a[1]) == int(b[1]) or (bool(half[4]) and int(plain[1]) == hour_of_24)
 
 
 def same_answer(
@@ -383,7 +383,7 @@ def same_answer(
     "Whether two canonical texts are the same number, list or time"
     if not one or not other:
         return False
-    return one == other or ":" in one + other and _same_time(one, other)
+    return one == other or (":" in one + other and _same_time(one, other))
 
 # %% ../nbs/lib/quantities.ipynb #22bd6431
 def same_number(

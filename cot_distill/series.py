@@ -27,7 +27,25 @@ from pydantic import Field, ValidationError
 from .config import EvalSetConfig, Part, StudentConfig, StudyConfig, difference, is_path, load_study, parse_study, read_toml
 from .errors import InputError, Interrupted, as_program
 from .problems import eval_problems, study_problems
-from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, recorded_stages, stage_marker, stage_state, write_json, write_parquet, write_run_json
+from cot_distill.runs import (
+    RunFolder,
+    atomic_path,
+    begin_stage,
+    fingerprint,
+    finish_stage,
+    locked,
+    open_run,
+    project_root,
+    read_json,
+    read_parquet,
+    record_run,
+    recorded_stages,
+    stage_marker,
+    stage_state,
+    write_json,
+    write_parquet,
+    write_run_json,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +117,7 @@ def load_series(
 
 def _series_data(path: Path) -> dict[str, Any]:
     "The file, laid over the one it is `like`"
-    data = read_toml(path, "series", "the ones that ship are configs/reference.toml and configs/reference-small.toml")
+    data = read_toml(path, "series", "the ones that ship are configs/reference*.toml")
     like = data.pop("like", None)
     return merged(_series_data(path.parent / like), data) if like else data
 

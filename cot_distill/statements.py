@@ -186,7 +186,7 @@ def _weak_answer(line: str, opens: bool, colon: bool, numbered: bool) -> str | N
     if value is not None:
         equation = re.search(r"\d[^=]*=(.*)", plain) if colon else None
         steps = equation and (not opens or re.search(r"[.;]\s.*\d", equation[1]))
-        return None if colon and numbered or steps else value or None
+        return None if (colon and numbered) or steps else value or None
     if re.match(r"\s*that\s", plain):
         return conclude(_SENTENCE.split(line)[0]) or None
     single = len(re.findall(r"\d[\d,.]*", plain)) == 1 and "=" not in plain

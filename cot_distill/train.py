@@ -22,7 +22,7 @@ from .merging import merge_adapter
 from .packing import Example, token_losses, training_order
 from .plots import teacher_color
 from .progress import Progress
-from .runs import RunFolder, begin_stage, finish_stage, fingerprint, locked, open_chapter, provenance, read_json, read_parquet, record_run, stage_marker, write_json
+from .runs import RunFolder, begin_stage, fingerprint, finish_stage, locked, open_chapter, provenance, read_json, read_parquet, record_run, stage_marker, write_json
 from .sizes import PeakMemory, Plan, Sizes, add_lora, check_machine, minutes_for, parameter_counts, sizes_of
 from .students import completion_ids, device_of, load_student, load_tokenizer, prompt_ids, student_identity, student_of, student_source
 from .trainer import Diverged, LoraTrainer, Watch, heeding_signals, make_trainer, training_arguments

@@ -6,6 +6,7 @@ import random
 import re
 import time
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -82,7 +83,7 @@ def test_a_run_is_read_in_the_order_of_its_study(made: Runs) -> None:
 
 
 def test_what_results_json_says_is_what_the_answers_say(made: Runs) -> None:
-    for (name, variant), answers in made.evals.groupby(["problem_set", "variant"]):
+    for (name, variant), answers in made.evals.groupby(["problem_set", "variant"]):  # noqa: B007 (the query reads it)
         row = made.results.query("problem_set == @name and variant == @variant").iloc[0]
         assert row["n_correct"] == answers["is_correct"].sum() and row["n"] == len(answers)
         base = made.evals.query("problem_set == @name and variant == 'base'")
@@ -202,7 +203,7 @@ def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
     ax = figures.plot_learning_curve(table, ax=Figure().subplots())
     labelled = [float(tick.get_text().replace(",", "")) for tick in ax.get_xticklabels()]
     assert set(labelled) <= set(table["n_examples"]) and labelled[0] == table["n_examples"].min()
-    assert all(second > 1.25 * first for first, second in zip(labelled, labelled[1:], strict=False)), labelled
+    assert all(second > 1.25 * first for first, second in pairwise(labelled)), labelled
 
 
 def test_runs_are_told_apart_by_what_their_settings_say(tmp_path: Path) -> None:

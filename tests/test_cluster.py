@@ -1,5 +1,6 @@
 "Beyond one machine: the run folder travels, a two-node Ray cluster does the jobs, a shot worker costs only time"
 
+import io
 import json
 import os
 import shlex
@@ -64,7 +65,7 @@ def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypat
     study = make_project(tmp_path, "human")
     batch = prepare_batch(study, run_dir=tmp_path / "runs/small", nbs=tmp_path / "nbs")
     with pytest.raises(InputError, match=r"pip install 'cot-distill\[ray\]'"):
-        run_prepared(batch, Console(file=open(os.devnull, "w")), ray=True)
+        run_prepared(batch, Console(file=io.StringIO()), ray=True)
 
 
 def test_a_file_moved_while_the_store_is_listed_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_a_vanished_file_vanishes_from_the_store(tmp_path: Path) -> None:
 
 def kept(study: Path, store: str, run_dir: Path) -> int:
     batch = prepare_batch(study, stages=["generate", "train"], run_dir=run_dir, nbs=study.parent / "nbs", store=store)
-    return run_prepared(batch, Console(file=open(os.devnull, "w")), store=store)
+    return run_prepared(batch, Console(file=io.StringIO()), store=store)
 
 
 def test_a_lost_machine_costs_nothing_that_was_kept(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_run_folder_taken_away_takes_nothing_from_the_store(tmp_path: Path) ->
     batch = prepare_batch(study, stages=["generate", "train"], run_dir=tmp_path / "p/runs/small", nbs=study.parent / "nbs", store=store)
     shutil.rmtree(tmp_path / "p/runs/small")
     with pytest.raises(InputError, match="has vanished while the study ran"):
-        run_prepared(batch, Console(file=open(os.devnull, "w")), store=store)
+        run_prepared(batch, Console(file=io.StringIO()), store=store)
     assert sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file()) == files
 
 

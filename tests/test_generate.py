@@ -18,7 +18,7 @@ import pytest
 from faulty_server import FaultyServer, Reply, completion, error
 
 from cot_distill.config import TeacherConfig, parse_study
-from cot_distill.errors import CotDistillError, InputError, Interrupted, ResumeLater
+from cot_distill.errors import InputError, ResumeLater
 from cot_distill.generate import COLUMNS, run_generate, throughput
 from cot_distill.limits import Pacer
 from cot_distill.problems import load_problems
@@ -472,7 +472,7 @@ def killed_runs(tmp_path: Path, n_problems: int, n_kills: int, delay_s: float) -
             n_before = len(server.requests)
             process = start(server.url, run.path, n=n_problems, max_in_flight=8)
             target = n_before + rng.randint(1, max(2, n_problems // n_kills))
-            wait_for(lambda: len(server.requests) >= target or process.poll() is not None)
+            wait_for(lambda target=target, process=process: len(server.requests) >= target or process.poll() is not None)
             time.sleep(rng.uniform(0, 2 * delay_s))
             process.kill()
             process.wait()

@@ -1,5 +1,6 @@
 "The batch: what it does, what it leaves alone, and what it survives"
 
+import io
 import json
 import os
 import random
@@ -171,7 +172,7 @@ def test_without_any_result_nothing_is_analysed(study: Path) -> None:
 def test_board_shows_every_state(study: Path) -> None:
     batch = pretend(study, Pretender({"train human": "InputError"}))
     batch.states |= {"eval base": "done"}
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(batch_table(batch))
     text = console.export_text()
     assert all(mark in text for mark in ("✓ done", "✗", "– skipped", "human", "base", "analyze"))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tiny_student import make_student
 
 from cot_distill.config import StudentConfig

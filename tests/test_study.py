@@ -158,7 +158,7 @@ def test_real_stages_killed_at_any_instant_end_with_the_same_numbers(tmp_path: P
         else:
             rng.choice(family).kill()
         launcher.wait(timeout=600)
-        gone, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=10)
         assert alive == []
     done = subprocess.run([*COMMAND, "--run-dir", killed], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from faulty_server import FaultyServer, Reply, completion, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from faulty_server import FaultyServer, Reply, completion, error
 from test_generate import make_study
 
 from cot_distill.answers import Question, read_body, read_error, read_gemini_body, read_openai_body

@@ -148,7 +148,7 @@ def test_order_is_the_problems_not_the_lists():
     assert training_order(examples, cfg, seed=2) != steps
     for n in range(1, 9):
         parts = passes_of(list(range(n)), 4)
-        assert len(parts) == 4 and sum(parts, []) == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert len(parts) == 4 and [i for part in parts for i in part] == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 # packing
