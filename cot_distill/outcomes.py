@@ -35,8 +35,8 @@ def outcome_shares(
     if answers.empty:
         return pd.DataFrame()
     shares = answers.groupby("variant", sort=False)["outcome"].value_counts(normalize=True).unstack(fill_value=0.0)
-    order = [name for name in ("right", *MISTAKES) if name in shares]
-    return (100 * shares[order]).reindex(answers["variant"].unique())
+    order = ["right", *(name for name in MISTAKES if name in shares)]
+    return 100 * shares.reindex(index=answers["variant"].unique(), columns=order, fill_value=0.0)
 
 # %% ../nbs/lib/outcomes.ipynb #b99c1cc6
 def lost_table(

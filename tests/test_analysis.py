@@ -256,6 +256,14 @@ def test_a_run_without_its_texts_is_counted_and_not_read(tmp_path: Path) -> None
     assert shares.empty and analysis.collapse_sentences(shares) == []
 
 
+def test_students_that_solve_nothing() -> None:
+    rows = [{"problem_id": f"p{i}", "variant": v, "question": "1 + 1?", "reference_answer": "2", "completion": "#### 3", "final_answer": "3", "truncated": False, "is_correct": False} for v in ("base", "human") for i in range(3)]
+    shares = outcome_shares(with_outcomes(pd.DataFrame(rows)))
+    assert shares["right"].tolist() == [0, 0] and shares.sum(axis=1).tolist() == [100, 100]
+    assert "+0.0 points of accuracy" in analysis.collapse_sentences(shares)[0] and analysis.mistake_sentences(shares)
+    assert figures.plot_outcomes(shares) is not None
+
+
 def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
     for runs in (empty, published):
         main = analysis.headline(runs.results)

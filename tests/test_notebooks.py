@@ -13,6 +13,10 @@ import papermill
 import pytest
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
+from tiny_student import make_student, make_study, write_rationales
+
+from cot_distill.runs import open_run
+from cot_distill.train import run_train
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -66,6 +70,20 @@ def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> 
     subprocess.run([*tool, report.name, "again.ipynb"], cwd=report.parent, check=True, env=quiet)
     assert "(already done)" in (report.parent / "again.ipynb").read_text(encoding="utf-8")
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo"], "no second run folder beside it"
+
+
+@pytest.mark.parametrize("chapter", ["02_train", "03_eval"])
+def test_chapters_know_repeats(tmp_path: Path, chapter: str) -> None:
+    "A student with another seed is taught by the same teacher's texts"
+    study = make_study(make_student(tmp_path / "student", hidden=32, layers=1), n=8, epochs=1).model_copy(update={"repeats": 2})
+    study = study.model_copy(update={"eval": study.eval.model_copy(update={"max_new_tokens": 4, "n_bootstrap": 200})})
+    run = open_run(tmp_path / "run", study)
+    if chapter == "03_eval":
+        write_rationales(run, 8)
+        run_train(study, "human.seed1", run)
+    asked = {"config": str(run.config_file), "teacher": "human.seed1", "run_dir": str(run.path)}
+    papermill.execute_notebook(str(ROOT / f"nbs/{chapter}.ipynb"), str(tmp_path / "out.ipynb"), asked, cwd=str(ROOT / "nbs"), progress_bar=False)
+    assert run.training_log("human.seed1").exists() and (chapter == "02_train" or run.eval_file("human.seed1", "two-step").exists())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
