@@ -36,7 +36,20 @@ from .plots import teacher_color
 from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
 from cot_distill.runs import (
-    RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_chapter, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet,
+    RunFolder,
+    atomic_path,
+    begin_stage,
+    fingerprint,
+    finish_stage,
+    locked,
+    open_chapter,
+    read_json,
+    read_parquet,
+    record_run,
+    stage_marker,
+    stage_state,
+    write_json,
+    write_parquet,
 )  # fmt: skip
 from cot_distill.stats import (
     holm,

@@ -72,18 +72,18 @@ def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> 
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo"], "no second run folder beside it"
 
 
-@pytest.mark.parametrize("chapter", ["02_train", "03_eval"])
-def test_chapters_know_repeats(tmp_path: Path, chapter: str) -> None:
-    "A student with another seed is taught by the same teacher's texts"
+@pytest.mark.parametrize(("chapter", "student", "settings"), [("02_train", "human.seed1", {}), ("03_eval", "human.seed1", {}), ("03_eval", "base", {"n_samples": 2, "temperature": 0.7})])
+def test_chapters_know_repeats_and_samples(tmp_path: Path, chapter: str, student: str, settings: dict) -> None:
+    "A student with another seed is taught by the same teacher's texts; an answer may be asked for more than once"
     study = make_study(make_student(tmp_path / "student", hidden=32, layers=1), n=8, epochs=1).model_copy(update={"repeats": 2})
-    study = study.model_copy(update={"eval": study.eval.model_copy(update={"max_new_tokens": 4, "n_bootstrap": 200})})
+    study = study.model_copy(update={"eval": study.eval.model_copy(update={"max_new_tokens": 4, "n_bootstrap": 200} | settings)})
     run = open_run(tmp_path / "run", study)
-    if chapter == "03_eval":
+    if (chapter, student) == ("03_eval", "human.seed1"):
         write_rationales(run, 8)
-        run_train(study, "human.seed1", run)
-    asked = {"config": str(run.config_file), "teacher": "human.seed1", "run_dir": str(run.path)}
+        run_train(study, student, run)
+    asked = {"config": str(run.config_file), "teacher": student, "run_dir": str(run.path)}
     papermill.execute_notebook(str(ROOT / f"nbs/{chapter}.ipynb"), str(tmp_path / "out.ipynb"), asked, cwd=str(ROOT / "nbs"), progress_bar=False)
-    assert run.training_log("human.seed1").exists() and (chapter == "02_train" or run.eval_file("human.seed1", "two-step").exists())
+    assert run.training_log(student).exists() if chapter == "02_train" else run.eval_file(student, "two-step").exists()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
