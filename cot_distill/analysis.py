@@ -43,7 +43,7 @@ def results_table(
         for row in results.itertuples()
     ]  # fmt: skip
     table = pd.DataFrame(rows).set_index("student") if rows else pd.DataFrame()
-    return table.dropna(axis="columns", how="all")
+    return table.dropna(axis="columns", how="all").fillna({"over seeds": ""})
 
 # %% ../nbs/04_analysis.ipynb #8df149b6
 def gain_sentences(

@@ -124,7 +124,7 @@ def plot_pairwise(
     for row in pairs.itertuples():
         i, j = names.index(row.first), names.index(row.second)
         for (y, x), sign in (((i, j), 1), ((j, i), -1)):
-            ax.text(x, y, f"{100 * sign * row.delta:+.1f}\n{p_phrase(row.p_holm)}", ha="center", va="center", fontsize=9, color="black")
+            ax.text(x, y, f"{100 * sign * row.delta + 0.0:+.1f}\n{p_phrase(row.p_holm)}", ha="center", va="center", fontsize=9, color="black")
     ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set_title(f"row minus column, points (n = {pairs['n'].iloc[0]:,})", fontsize=10)

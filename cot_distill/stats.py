@@ -47,7 +47,7 @@ class PairedDifference:
     "What one student gained over another on the same problems"
 
     delta: float  # accuracy difference, a fraction in [-1, 1]
-    ci95: tuple[float, float]  # bootstrap percentile interval over problems
+    ci95: tuple[float, float]  # bootstrap percentile interval over problems; Wilson's bound where no problem tells the two apart
     p_mcnemar: float  # exact, two-sided
     n_gained: int  # right now, wrong before
     n_lost: int  # wrong now, right before
@@ -70,6 +70,9 @@ def paired_difference(
     draws = np.random.default_rng(seed).multinomial(n, shares, size=n_bootstrap)  # (n_bootstrap, 3)
     low, high = np.quantile((draws[:, 2] - draws[:, 0]) / n, [0.025, 0.975])
     p_value = mcnemar([[0, n_gained], [n_lost, 0]], exact=True).pvalue if n_gained + n_lost else 1.0
+    if n_gained + n_lost == 0:  # every resample says zero, which is not certainty: at most so many problems differ
+        high = wilson(0, n)[1]
+        low = -high
     return PairedDifference(
         (n_gained - n_lost) / n, (float(low), float(high)), float(p_value), n_gained, n_lost
     )

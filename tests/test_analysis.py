@@ -240,6 +240,7 @@ def test_the_spread_over_seeds_stands_in_table_and_forest(made: Runs) -> None:
     spread = {"n_seeds": 3, "mean": 0.5, "sd": 0.04, "min": 0.45, "max": 0.55}
     main["over_seeds"] = [spread if variant == "human" else None for variant in main["variant"]]
     assert analysis.results_table(main).loc["human", "over seeds"] == "50.0 ± 4.0 % (3 seeds)"
+    assert analysis.results_table(main).loc["base", "over seeds"] == ""
     base = main.set_index("variant").loc["base", "accuracy"]
     ends = [line.get_xdata() for line in figures.plot_forest(main, ax=Figure().subplots()).lines]
     assert any(len(x) == 2 and abs(x[0] - 100 * (0.45 - base)) < 1e-9 and abs(x[1] - 100 * (0.55 - base)) < 1e-9 for x in ends)
