@@ -216,7 +216,7 @@ def collapse_sentences(
     change = shares - shares.loc["base"]
     form = change[[name for name in FORM if name in change]].sum(axis="columns")
     return [
-        f"**{variant}**: {change.loc[variant, 'right']:+.1f} points of accuracy, of which {-form[variant]:+.1f} come from answers that are now "
+        f"**{variant}**: {change.loc[variant, 'right']:+.1f} points of accuracy, of which {0.0 - form[variant]:+.1f} come from answers that are now "
         f"{'readable' if form[variant] <= 0 else 'cut off or unreadable'} and {change.loc[variant, 'right'] + form[variant]:+.1f} from {'fewer' if change.loc[variant, 'right'] + form[variant] >= 0 else 'more'} wrong calculations among readable ones."
         for variant in change.index
         if variant != "base"

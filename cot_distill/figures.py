@@ -150,13 +150,13 @@ LABELS = {"words": "median words of the teacher's texts", "right": "teacher's ri
 
 def _gain_points(ax: "Axes", rows: pd.DataFrame, by: str) -> "Axes":
     "One labelled point a teacher: a quantity against the gain, with the gain's interval"
-    for row in rows.to_dict("records"):
-        x, y = row[by], 100 * row["delta"]
-        ax.errorbar(x, y, [[y - 100 * row["delta_low"]], [100 * row["delta_high"] - y]], fmt="o", color=_color(row["variant"]), markersize=9, capsize=3)
-        ax.annotate(row["variant"], (x, y), (9, 4), textcoords="offset points")
+    for rank, row in enumerate(rows.sort_values(by).to_dict("records")):
+        x, y, low, high = row[by], *(100 * row[name] for name in ("delta", "delta_low", "delta_high"))
+        ax.errorbar(x, y, [[y - low], [high - y]], fmt="o", color=_color(row["variant"]), markersize=9, capsize=3)
+        ax.annotate(row["variant"], (x, high), (0, 3 + 12 * (rank % 3)), textcoords="offset points", ha="center")  # neighbours at different heights
     ax.axhline(0, color="0.5", linewidth=1, zorder=0)
     ax.set_ylabel(f"difference to base, points (n = {rows['n'].iloc[0]:,})")
-    ax.margins(x=0.25)
+    ax.margins(x=0.25, y=0.15)
     return _tidy(ax)
 
 
