@@ -9,11 +9,12 @@ __all__ = ['execute_reports', 'texts_of', 'withheld', 'publish_study', 'publish_
 import argparse
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import load_study
+from .config import is_path, load_study
 from .errors import InputError, as_program
 from .runs import RunFolder, project_root, read_parquet, stage_state
 from .safety import refuse_to_publish
@@ -26,7 +27,7 @@ def execute_reports(
     run: RunFolder,  # one study of a series
     stages: Sequence[str] = ("train", "eval", "analyze"),
 ) -> int:  # exit code of the batch
-    "Execute the chapters of a study's finished rows"
+    "Execute the chapters of a study's finished rows whose adapters, student and problems lie on this machine, and its analysis"
     from rich.console import Console
 
     from cot_distill.board import Batch
@@ -35,7 +36,12 @@ def execute_reports(
 
     study = load_study(run.config_file)
     finished = {path.parent.name for path in run.path.glob("evals/*/row.stage.json") if stage_state(path.parent, "row") == "finished"}
-    jobs = [job for job in plan_jobs(study, run) if job.stage in stages and (job.variant is None or job.variant in finished)]
+    paths = [study.student.model, study.problems.source, *(s.source for s in study.eval_sets)]
+    complete = all(Path(study.source(path)).exists() for path in paths if is_path(path))
+    here = {name for name in finished if complete and (name == "base" or run.adapter(name).is_dir())}
+    if away := sorted(finished - here):
+        print(f"{study.name}: no chapters of {', '.join(away)}: adapter, student or problems are not on this machine", file=sys.stderr)
+    jobs = [job for job in plan_jobs(study, run) if job.stage in stages and (job.variant is None or job.variant in here)]
     batch = Batch(study, run, project_root() / "nbs", jobs)
     check_batch(batch)
     return run_prepared(batch, Console(stderr=True), jobs=1)

@@ -356,6 +356,17 @@ def test_results_of_another_machine_are_gone_on_with_where_the_data_lie_elsewher
 # --- what is published
 
 
+def test_rows_from_another_machine_are_analysed_and_not_trained_again(whole, tmp_path, capfd):
+    from cot_distill.publishing import execute_reports
+
+    pack_results(whole, tmp_path / "all.tar.gz")
+    merge_results(tmp_path / "out", [tmp_path / "all.tar.gz"])
+    run = RunFolder(tmp_path / "out" / "slow")
+    assert execute_reports(run) == 0
+    assert "no chapters of human:" in capfd.readouterr().err
+    assert sorted(path.name for path in run.reports_dir.glob("*.ipynb")) == ["03_eval-base.ipynb", "04_analysis.ipynb"] and not run.adapter("human").exists()
+
+
 def test_published_series_holds_no_texts(whole, series_file, tmp_path):
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook, new_output
