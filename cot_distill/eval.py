@@ -24,14 +24,7 @@ import pandas as pd
 from .config import EvalConfig, EvalSetConfig, StudyConfig, Variant, is_path
 from .decoding import Completion, adapter_fingerprint, open_engine
 from .errors import InputError
-from cot_distill.grading import (
-    RULES,
-    final_answer,
-    final_choice,
-    grade_by,
-    is_correct,
-    is_letter,
-)
+from .grading import RULES, final_answer, final_choice, grade_by, is_correct, is_letter
 from .plots import teacher_color
 from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
@@ -51,15 +44,7 @@ from cot_distill.runs import (
     write_json,
     write_parquet,
 )  # fmt: skip
-from cot_distill.stats import (
-    holm,
-    majority_answer,
-    minimum_detectable_difference,
-    paired_difference,
-    pass_at_k,
-    seed_spread,
-    wilson,
-)
+from .stats import holm, majority_answer, minimum_detectable_difference, paired_difference, pass_at_k, seed_spread, wilson
 from .students import load_tokenizer, prompt_ids, prompt_text, student_of
 
 if TYPE_CHECKING:
