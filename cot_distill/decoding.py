@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['LOGIT_MARGIN', 'DRAW_MARGIN', 'Completion', 'completion_of', 'SlotCache', 'pick_tokens', 'Request', 'packed_mask',
            'DecodeTally', 'SlotModel', 'Choice', 'next_tokens', 'SlotDecoder', 'lay_out', 'speaking', 'run_workers',
-           'decode', 'Engine', 'TransformersEngine', 'adapter_fingerprint', 'VllmEngine', 'open_engine']
+           'decode', 'Engine', 'TransformersEngine', 'adapter_fingerprint', 'VllmEngine', 'open_engine', 'close_engine']
 
 # %% ../nbs/lib/decoding.ipynb #3e131fca
+import ctypes
+import gc
 import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -718,3 +720,13 @@ def open_engine(
 ) -> Engine:  # the same one as long as the study's student is the same
     "The study's engine with its student loaded; raises `InputError` when either cannot be had"
     return _engine(study.eval.engine, student_of(study), study.train.lora_r)
+
+
+def close_engine() -> None:
+    "Drop the engine used last and give its memory back, before a training that needs it"
+    _engine.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc keeps freed pages until it is asked
+        ctypes.CDLL(None).malloc_trim(0)

@@ -233,6 +233,7 @@ def work_on(
     run: RunFolder,
 ) -> dict[str, Any]:  # `wall_s` of this call, and in `scores` the counts of each problem set
     "Teach, train and score one row; whatever is there already is used"
+    from cot_distill.decoding import close_engine
     from cot_distill.eval import run_eval, write_results
     from cot_distill.generate import run_generate
     from cot_distill.train import run_train
@@ -242,6 +243,7 @@ def work_on(
         if run.eval_dir(variant).exists() and not run.adapter(variant).exists():
             shutil.rmtree(run.eval_dir(variant))
         run_generate(study, study.variant(variant).teacher, run)
+        close_engine()  # the last row's student need not lie beside the one in training
         run_train(study, variant, run)
     begin_stage(run.eval_dir(variant), "row", row_inputs(study, variant))
     scores = {}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tiny_student import make_student, make_study
 from cot_distill import eval as evaluation
 from cot_distill.analysis import results_table
 from cot_distill.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
-from cot_distill.decoding import Completion, TransformersEngine, open_engine
+from cot_distill.decoding import Completion, TransformersEngine, close_engine, open_engine
 from cot_distill.errors import InputError
 from cot_distill.eval import (
     Parts,
@@ -378,6 +379,19 @@ def test_one_adapter_in_memory(folder: Path, run: RunFolder) -> None:
     assert first != second and base not in (first, second)
     assert list(engine.model.peft_config) == [engine.adapter]
     assert (said(run.adapter("first")), said(None)) == (first, base)
+
+
+def test_a_closed_engine_leaves_no_student_behind(folder: Path, run: RunFolder) -> None:
+    study = study_of(folder)
+    give_adapter(run, study)
+    engine = open_engine(study)
+    prompts = task_prompts(study, eval_tasks(study, study.eval_sets[0], "base"), engine.tokenizer)
+    assert len(list(engine.complete(prompts, study.eval, run.adapter("human")))) == len(prompts)
+    model = weakref.ref(engine.model)
+    del engine
+    assert model() is not None, "kept for the next student"
+    close_engine()
+    assert model() is None
 
 
 @pytest.mark.parametrize(
