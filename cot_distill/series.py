@@ -27,25 +27,7 @@ from pydantic import Field, ValidationError
 from .config import EvalSetConfig, Part, StudentConfig, StudyConfig, difference, is_path, load_study, parse_study, read_toml
 from .errors import InputError, Interrupted, as_program
 from .problems import eval_problems, study_problems
-from cot_distill.runs import (
-    RunFolder,
-    atomic_path,
-    begin_stage,
-    fingerprint,
-    finish_stage,
-    locked,
-    open_run,
-    project_root,
-    read_json,
-    read_parquet,
-    record_run,
-    recorded_stages,
-    stage_marker,
-    stage_state,
-    write_json,
-    write_parquet,
-    write_run_json,
-)
+from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_run, project_root, read_json, read_parquet, record_run, recorded_stages, stage_marker, stage_state, write_json, write_parquet, write_run_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -393,13 +375,17 @@ def _opened(path: Path, study: StudyConfig) -> RunFolder:
 
 # %% ../nbs/lib/series.ipynb #18d80ca1
 def _borrow(run: RunFolder, variant: str, out: Path) -> None:
-    "Take a finished row from another study of the series where it was made from the same inputs"
+    "Take a finished row from another study of the series where it was made from the same inputs, with scores where there are any"
     wanted = read_json(stage_marker(run.eval_dir(variant), "row"))["fingerprint"]
-    for marker in sorted(out.glob(f"*/evals/{variant}/row.stage.json")):
-        found = read_json(marker)
-        if found["state"] == "finished" and found["fingerprint"] == wanted:
-            _copy_row(RunFolder(marker.parents[2]), run, variant)
-            return
+    found = {marker: read_json(marker) for marker in sorted(out.glob(f"*/evals/{variant}/row.stage.json")) if marker.parents[2] != run.path}
+    same = [RunFolder(marker.parents[2]) for marker, row in found.items() if row["state"] == "finished" and row["fingerprint"] == wanted]
+    if same:
+        _copy_row(max(same, key=lambda other: _n_scored(other, variant)), run, variant)
+
+
+def _n_scored(run: RunFolder, variant: str) -> int:
+    "Problem sets whose scores are there; an archive brings the markers of other rows without them"
+    return len(list(run.eval_dir(variant).glob("*.parquet")))
 
 
 def _copy_row(source: RunFolder, target: RunFolder, variant: str) -> None:
@@ -460,13 +446,25 @@ def merge_results(
             except (OSError, tarfile.TarError) as err:
                 raise InputError(f"{source} is neither a results folder nor an archive of one: {err}") from None
             taken += _merge_folder(there, out)
+        _complete(out, {row.partition("/")[0] for row in taken})
     return taken
+
+
+def _complete(out: Path, names: Iterable[str]) -> None:
+    "Give merged studies the untrained student that they shared with another one, and their results"
+    from cot_distill.eval import write_results
+
+    for run in [RunFolder(out / name) for name in sorted(names)]:
+        study = load_study(run.config_file)
+        if not any(run.path.glob(f"evals/*/{study.eval_sets[0].name}.parquet")):
+            continue
+        if stage_state(run.eval_dir("base"), "row") == "finished" and not _n_scored(run, "base"):
+            _borrow(run, "base", out)
+        write_results(study, run)
 
 # %% ../nbs/lib/series.ipynb #005c9c6f
 def _merge_folder(source: Path, out: Path) -> list[str]:
     "Take over the finished rows of one folder"
-    from cot_distill.eval import write_results
-
     finished = [m for m in sorted(source.glob("*/evals/*/row.stage.json")) if read_json(m)["state"] == "finished"]
     found = [(RunFolder(m.parents[2]), m.parent.name) for m in finished]
     wanted = [(there, variant) for there, variant in found if _is_wanted(RunFolder(out / there.path.name), there, variant)]
@@ -479,12 +477,7 @@ def _merge_folder(source: Path, out: Path) -> list[str]:
     for recording in source.glob("*.jsonl"):
         if not (out / recording.name).exists():
             shutil.copy2(recording, out / recording.name)
-    taken = [f"{there.path.name}/{variant}" for there, variant in wanted]
-    for name in dict.fromkeys(row.partition("/")[0] for row in taken):
-        study = load_study(out / name / "config.toml")
-        if any((out / name).glob(f"evals/*/{study.eval_sets[0].name}.parquet")):
-            write_results(study, RunFolder(out / name))
-    return taken
+    return [f"{there.path.name}/{variant}" for there, variant in wanted]
 
 
 def _is_wanted(here: RunFolder, there: RunFolder, variant: str) -> bool:
@@ -496,7 +489,7 @@ def _is_wanted(here: RunFolder, there: RunFolder, variant: str) -> bool:
     if a["fingerprint"] != b["fingerprint"]:
         changes = "; ".join(f"{k}: {x!r} -> {y!r}" for k, (x, y) in difference(a["inputs"], b["inputs"]).items())
         raise InputError(f"{there.path.name}/{variant} was made from other inputs there than in {here.path} ({changes[:400]}); merge it into another folder")
-    return a["state"] != "finished" or len(list(there.eval_dir(variant).glob("*.parquet"))) > len(list(here.eval_dir(variant).glob("*.parquet")))
+    return a["state"] != "finished" or _n_scored(there, variant) > _n_scored(here, variant)
 
 # %% ../nbs/lib/series.ipynb #cfeba45b
 def rows_table(

@@ -277,6 +277,14 @@ def test_two_machines_make_one_result(whole, data, series_file, tmp_path):
     assert run_series(series, data, tmp_path / "both") == {}, "and nothing is left to do"
 
 
+def test_a_shared_baseline_reaches_every_study_that_is_merged(data, series_file, tmp_path):
+    run_series(load_series(series_file), data, tmp_path / "a", ["fast/base"], tmp_path / "a.tar.gz")
+    run_series(load_series(series_file), data, tmp_path / "a", ["slow"], tmp_path / "b.tar.gz")
+    merge_results(tmp_path / "both", [tmp_path / "b.tar.gz", tmp_path / "a.tar.gz"])
+    assert scores(tmp_path / "both") == scores(tmp_path / "a")
+    assert scores(tmp_path / "both")["slow", "test", "human"]["vs_base"]
+
+
 def test_markers_alone_keep_a_machine_from_doing_a_row_again(whole, data, series_file, tmp_path):
     pack_results(whole, tmp_path / "markers.tar.gz", rows=["fast/base"])
     merge_results(tmp_path / "out", [tmp_path / "markers.tar.gz"])
