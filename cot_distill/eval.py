@@ -28,22 +28,7 @@ from .grading import RULES, final_answer, final_choice, grade_by, is_correct, is
 from .plots import teacher_color
 from .problems import Problem, eval_problems, study_problems
 from .progress import Progress
-from cot_distill.runs import (
-    RunFolder,
-    atomic_path,
-    begin_stage,
-    fingerprint,
-    finish_stage,
-    locked,
-    open_chapter,
-    read_json,
-    read_parquet,
-    record_run,
-    stage_marker,
-    stage_state,
-    write_json,
-    write_parquet,
-)  # fmt: skip
+from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_chapter, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet
 from .stats import holm, majority_answer, minimum_detectable_difference, paired_difference, pass_at_k, seed_spread, wilson
 from .students import load_tokenizer, prompt_ids, prompt_text, student_of
 
@@ -340,12 +325,12 @@ def run_eval(
     out = {}
     with locked(run.eval_dir(variant) / ".lock"):
         for eval_set in study.eval_sets:
-            state = begin_stage(
-                run.eval_dir(variant), eval_set.name, eval_inputs(study, eval_set, variant, run)
-            )
+            inputs = eval_inputs(study, eval_set, variant, run)
+            state = begin_stage(run.eval_dir(variant), eval_set.name, inputs)
             if state != "done" or not (facts := _finished(run, variant, eval_set)):
                 facts = _evaluate(study, eval_set, variant, run)
-                record_run(run, f"eval {eval_set.name}", variant, data=problems_fingerprint(eval_problems(study, eval_set)), **facts)
+                data = inputs["content"] or problems_fingerprint(eval_problems(study, eval_set))
+                record_run(run, f"eval {eval_set.name}", variant, data=data, **facts)
             else:
                 print(
                     f"{variant}: already scored on {eval_set.name}, {facts['n_correct']} of {facts['n']} right",

@@ -66,13 +66,13 @@ def paired_difference(
             f"paired_difference needs the same problems twice: got {now.shape} and {before.shape} answers"
         )
     n, n_gained, n_lost = len(now), int((now & ~before).sum()), int((before & ~now).sum())
+    if n_gained + n_lost == 0:  # every resample would say zero, which is not certainty: at most so many problems differ
+        most = wilson(0, n)[1]
+        return PairedDifference(0.0, (-most, most), 1.0, 0, 0)
     shares = np.array([n_lost, n - n_lost - n_gained, n_gained]) / n
     draws = np.random.default_rng(seed).multinomial(n, shares, size=n_bootstrap)  # (n_bootstrap, 3)
     low, high = np.quantile((draws[:, 2] - draws[:, 0]) / n, [0.025, 0.975])
-    p_value = mcnemar([[0, n_gained], [n_lost, 0]], exact=True).pvalue if n_gained + n_lost else 1.0
-    if n_gained + n_lost == 0:  # every resample says zero, which is not certainty: at most so many problems differ
-        high = wilson(0, n)[1]
-        low = -high
+    p_value = mcnemar([[0, n_gained], [n_lost, 0]], exact=True).pvalue
     return PairedDifference(
         (n_gained - n_lost) / n, (float(low), float(high)), float(p_value), n_gained, n_lost
     )
