@@ -358,16 +358,16 @@ def load_adapter(
     name: str = "default",  # what to call it; the teacher's id, say
     merge: bool = False,  # fold it into the weights: faster decoding, one adapter only
 ) -> "PeftModel | PreTrainedModel":  # in evaluation mode; with `merge` a plain model
-    "Put a trained adapter on the student; raises `InputError` when there is none or it does not fit"
+    "Put a trained adapter on the student, in the student's own type; raises `InputError` when there is none or it does not fit"
     from peft import PeftModel
     from safetensors import SafetensorError
 
     try:
         with quiet():
             if isinstance(model, PeftModel):
-                model.load_adapter(str(folder), adapter_name=name)
+                model.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=False)
             else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as err:
         raise InputError(f"no usable adapter in {folder}: {str(err).strip().splitlines()[0]}; train again") from None
     model.set_adapter(name)
