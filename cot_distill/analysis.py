@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .frames import Runs
-from .stats import holm, minimum_detectable_difference, paired_difference
-from .texts import text_features
-from .words import p_phrase, p_text, percent, seeds_text
+from .core.stats import holm, minimum_detectable_difference, paired_difference
+from .reading.frames import Runs
+from .reading.texts import text_features
+from .reading.words import p_phrase, p_text, percent, seeds_text
 
 # %% ../nbs/04_analysis.ipynb #01fd9ef2
 def headline(
@@ -54,12 +54,24 @@ def gain_sentences(
     if rows.empty:
         return []
     base = results[results["variant"] == "base"].iloc[0]
-    better, worse = rows[(rows["p_holm"] < 0.05) & (rows["delta"] > 0)], rows[(rows["p_holm"] < 0.05) & (rows["delta"] < 0)]
+    better, worse = (
+        rows[(rows["p_holm"] < 0.05) & (rows["delta"] > 0)],
+        rows[(rows["p_holm"] < 0.05) & (rows["delta"] < 0)],
+    )
     unclear = rows[rows["p_holm"] >= 0.05]
-    parts = [f"The untrained student solves {base['n_correct']} of {base['n']} problems, {percent(base['accuracy'], base['low'], base['high'])}."]
-    for which, verb in ((better, "better than"), (worse, "worse than"), (unclear, "not distinguishable from")):
+    parts = [
+        f"The untrained student solves {base['n_correct']} of {base['n']} problems, {percent(base['accuracy'], base['low'], base['high'])}."
+    ]
+    for which, verb in (
+        (better, "better than"),
+        (worse, "worse than"),
+        (unclear, "not distinguishable from"),
+    ):
         if len(which):
-            names = ", ".join(f"**{row.variant}** ({100 * row.delta:+.1f} points, {p_phrase(row.p_holm)})" for row in which.itertuples())
+            names = ", ".join(
+                f"**{row.variant}** ({100 * row.delta:+.1f} points, {p_phrase(row.p_holm)})"
+                for row in which.itertuples()
+            )
             parts.append(f"After training, {verb} the base at the 5 % level: {names}.")
     return parts
 
@@ -68,7 +80,11 @@ def rule_table(
     results: pd.DataFrame,  # rows of one problem set
 ) -> pd.DataFrame:  # a row a grading rule, a column a student; text
     "Accuracy under every grading rule"
-    by_rule = {row.variant: row.accuracy_by_rule for row in results.itertuples() if isinstance(row.accuracy_by_rule, dict)}
+    by_rule = {
+        row.variant: row.accuracy_by_rule
+        for row in results.itertuples()
+        if isinstance(row.accuracy_by_rule, dict)
+    }
     return pd.DataFrame(by_rule).map(percent).rename_axis("rule")
 
 # %% ../nbs/04_analysis.ipynb #17c1122c
@@ -80,14 +96,21 @@ def first_set(
     main = headline(results)
     if evals.empty or main.empty:
         return evals.iloc[:0]
-    return evals[(evals["run"] == main["run"].iloc[0]) & (evals["problem_set"] == main["problem_set"].iloc[0])]
+    return evals[
+        (evals["run"] == main["run"].iloc[0])
+        & (evals["problem_set"] == main["problem_set"].iloc[0])
+    ]
 
 
 def pairwise(
     answers: pd.DataFrame,  # answers of several students to one problem set
 ) -> pd.DataFrame:  # a row a pair of trained students, p after Holm over all pairs
     "Paired differences between trained students"
-    right = answers.pivot(index="problem_id", columns="variant", values="is_correct").dropna() if len(answers) else pd.DataFrame()
+    right = (
+        answers.pivot(index="problem_id", columns="variant", values="is_correct").dropna()
+        if len(answers)
+        else pd.DataFrame()
+    )
     names = [name for name in answers["variant"].unique() if name != "base"]
     rows = []
     for first, second in combinations(names, 2):
@@ -110,8 +133,15 @@ def ranking_sentences(
     real = pairs[pairs["p_holm"] < 0.05]
     discordance = float(((pairs["only first"] + pairs["only second"]) / n).median())
     detectable = minimum_detectable_difference(n, discordance) if discordance else None
-    names = "; ".join(f"{row.first if row.delta > 0 else row.second} over {row.second if row.delta > 0 else row.first}" for row in real.itertuples())
-    needed = f"only differences of {100 * detectable:.1f} points or more are found four times in five" if detectable else "even the largest possible difference would often be missed"
+    names = "; ".join(
+        f"{row.first if row.delta > 0 else row.second} over {row.second if row.delta > 0 else row.first}"
+        for row in real.itertuples()
+    )
+    needed = (
+        f"only differences of {100 * detectable:.1f} points or more are found four times in five"
+        if detectable
+        else "even the largest possible difference would often be missed"
+    )
     return [
         f"Of {len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'}, {len(real)} {'differs' if len(real) == 1 else 'differ'} at the 5 % level after correction{': ' + names if names else ''}.",
         f"Two students typically disagree on {100 * discordance:.0f} % of the {n:,} problems; with so many, {needed}.",
@@ -122,7 +152,9 @@ def with_features(
     texts: pd.DataFrame,  # rows with `completion`: rationales or students' answers
 ) -> pd.DataFrame:  # the same rows and what `text_features` counts in each
     "Texts with their features"
-    features = pd.DataFrame([text_features(str(text)) for text in texts["completion"]], index=texts.index)
+    features = pd.DataFrame(
+        [text_features(str(text)) for text in texts["completion"]], index=texts.index
+    )
     return texts.join(features) if len(texts) else texts
 
 
@@ -140,9 +172,17 @@ def teacher_table(
             "false equations": percent(group["n_false"].sum() / max(1, group["n_equations"].sum())), "with markup": percent(group["has_markup"].mean()),
             "commonest opening": openings.index[0], "opens so": percent(openings.iloc[0] / len(group)),
         }  # fmt: skip
-    surprise = training.set_index("variant")["mean_nll"].dropna().astype(float).round(3) if len(training) else pd.Series(dtype=float)
+    surprise = (
+        training.set_index("variant")["mean_nll"].dropna().astype(float).round(3)
+        if len(training)
+        else pd.Series(dtype=float)
+    )
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(surprise=surprise.reindex(table.index)).dropna(axis="columns", how="all") if rows else table
+    return (
+        table.assign(surprise=surprise.reindex(table.index)).dropna(axis="columns", how="all")
+        if rows
+        else table
+    )
 
 # %% ../nbs/04_analysis.ipynb #745228cb
 def teacher_sentences(
@@ -152,13 +192,31 @@ def teacher_sentences(
     if texts.empty:
         return []
     groups = texts.groupby("variant", sort=False)
-    words, right = groups["n_words"].median(), groups["is_correct"].apply(lambda column: column.astype(bool).mean())
-    parts = [f"The longest texts come from {words.idxmax()} (median {words.max():.0f} words), the shortest from {words.idxmin()} ({words.min():.0f})."] if len(words) > 1 else []
-    parts.append("Right before any filter: " + ", ".join(f"{name} {percent(share)}" for name, share in right.items()) + ".")
+    words, right = (
+        groups["n_words"].median(),
+        groups["is_correct"].apply(lambda column: column.astype(bool).mean()),
+    )
+    parts = (
+        [
+            f"The longest texts come from {words.idxmax()} (median {words.max():.0f} words), the shortest from {words.idxmin()} ({words.min():.0f})."
+        ]
+        if len(words) > 1
+        else []
+    )
+    parts.append(
+        "Right before any filter: "
+        + ", ".join(f"{name} {percent(share)}" for name, share in right.items())
+        + "."
+    )
     dropped = texts[~texts["kept"].astype(bool)]
     reasons = dropped.groupby(["variant", "drop_reason"], sort=False).size()
-    told = ", ".join(f"{count} of {teacher} ({reason})" for (teacher, reason), count in reasons.items())
-    return [*parts, f"Left out of training: {told}." if told else "Every text was kept for training."]
+    told = ", ".join(
+        f"{count} of {teacher} ({reason})" for (teacher, reason), count in reasons.items()
+    )
+    return [
+        *parts,
+        f"Left out of training: {told}." if told else "Every text was kept for training.",
+    ]
 
 # %% ../nbs/04_analysis.ipynb #fb6f6919
 def gains_beside_texts(
@@ -170,9 +228,20 @@ def gains_beside_texts(
     if texts.empty or results.empty:
         return pd.DataFrame()
     groups = texts.groupby("variant", sort=False)
-    properties = pd.DataFrame({"words": groups["n_words"].median(), "right": groups["is_correct"].apply(lambda column: 100 * column.astype(bool).mean())})
-    properties["surprise"] = training.drop_duplicates("variant").set_index("variant")["mean_nll"].astype(float) if len(training) else np.nan
-    gains = results[results["delta"].notna()].set_index("variant")[["n", "delta", "delta_low", "delta_high"]]
+    properties = pd.DataFrame(
+        {
+            "words": groups["n_words"].median(),
+            "right": groups["is_correct"].apply(lambda column: 100 * column.astype(bool).mean()),
+        }
+    )
+    properties["surprise"] = (
+        training.drop_duplicates("variant").set_index("variant")["mean_nll"].astype(float)
+        if len(training)
+        else np.nan
+    )
+    gains = results[results["delta"].notna()].set_index("variant")[
+        ["n", "delta", "delta_low", "delta_high"]
+    ]
     return gains.join(properties, how="inner").rename_axis("variant").reset_index()
 
 # %% ../nbs/04_analysis.ipynb #95dcbc65
@@ -230,8 +299,16 @@ def mistake_sentences(
     trained = shares.drop(index="base", errors="ignore").drop(columns="right", errors="ignore")
     if trained.empty or trained.shape[1] == 0:
         return []
-    parts = [f"**{name}**: {row.idxmax()}, {row.max():.0f} % of all problems ({100 * row.max() / row.sum():.0f} % of its mistakes)." for name, row in trained.iterrows() if row.sum()]
-    return ["The commonest thing left to learn, by student:", *parts] if parts else ["No mistakes are left."]
+    parts = [
+        f"**{name}**: {row.idxmax()}, {row.max():.0f} % of all problems ({100 * row.max() / row.sum():.0f} % of its mistakes)."
+        for name, row in trained.iterrows()
+        if row.sum()
+    ]
+    return (
+        ["The commonest thing left to learn, by student:", *parts]
+        if parts
+        else ["No mistakes are left."]
+    )
 
 # %% ../nbs/04_analysis.ipynb #7119deb4
 def cost_table(
@@ -240,11 +317,26 @@ def cost_table(
     "Dollars and machine minutes of each student, in all and a point gained"
     rows = results[results["delta"].notna()].copy()
     points = 100 * rows["delta"].astype(float)
-    table = pd.DataFrame({"variant": rows["variant"], "n": rows["n"], "points": points, "delta": rows["delta"], "delta_low": rows["delta_low"], "delta_high": rows["delta_high"]})
+    table = pd.DataFrame(
+        {
+            "variant": rows["variant"],
+            "n": rows["n"],
+            "points": points,
+            "delta": rows["delta"],
+            "delta_low": rows["delta_low"],
+            "delta_high": rows["delta_high"],
+        }
+    )
     table["usd"] = pd.to_numeric(rows["teacher_cost_usd"]).fillna(0.0)
-    table["train_min"], table["eval_min"] = pd.to_numeric(rows["train_wall_s"]) / 60, pd.to_numeric(rows["eval_wall_s"]) / 60
+    table["train_min"], table["eval_min"] = (
+        pd.to_numeric(rows["train_wall_s"]) / 60,
+        pd.to_numeric(rows["eval_wall_s"]) / 60,
+    )
     gained = points.where(points > 0)
-    table["usd a point"], table["train_min a point"] = table["usd"] / gained, table["train_min"] / gained
+    table["usd a point"], table["train_min a point"] = (
+        table["usd"] / gained,
+        table["train_min"] / gained,
+    )
     return table.reset_index(drop=True)
 
 # %% ../nbs/04_analysis.ipynb #dd81203c
@@ -255,9 +347,23 @@ def cost_sentences(
     "Prices, in words"
     parts = []
     for row in costs.to_dict("records"):
-        usd = f"${row['usd']:.2f}" if row["usd"] >= 0.005 else "less than a cent" if row["usd"] else "no money"
-        minutes = "" if math.isnan(row["train_min"]) else f" and {row['train_min']:.1f} minutes of training"
-        price = "gained nothing over the base" if row["delta"] <= 0 else f"{row['train_min a point']:.2f} minutes a point"
+        usd = (
+            f"${row['usd']:.2f}"
+            if row["usd"] >= 0.005
+            else "less than a cent"
+            if row["usd"]
+            else "no money"
+        )
+        minutes = (
+            ""
+            if math.isnan(row["train_min"])
+            else f" and {row['train_min']:.1f} minutes of training"
+        )
+        price = (
+            "gained nothing over the base"
+            if row["delta"] <= 0
+            else f"{row['train_min a point']:.2f} minutes a point"
+        )
         parts.append(f"**{row['variant']}** took {usd}{minutes}: {price}.")
     return [f"Minutes are those of {hardware}.", *parts] if parts and hardware else parts
 
@@ -266,13 +372,24 @@ def over_runs(
     runs: Runs,
 ) -> pd.DataFrame:  # a row a run and trained student, p corrected over all; empty with one run only
     "Headline results of several runs, with what tells the runs apart"
-    rows = runs.results[runs.results["is_headline"].astype(bool) & runs.results["delta"].notna()] if len(runs.results) else runs.results
+    rows = (
+        runs.results[runs.results["is_headline"].astype(bool) & runs.results["delta"].notna()]
+        if len(runs.results)
+        else runs.results
+    )
     if rows["run"].nunique() < 2:
         return rows.iloc[:0].assign(recipe="", size="", n_examples=0.0)
-    rows = rows.merge(runs.info[["run", "recipe", "size"]], on="run", how="left").fillna({"recipe": "", "size": ""})
-    rows = rows.merge(runs.training[["run", "variant", "n_examples"]], on=["run", "variant"], how="left")
+    rows = rows.merge(runs.info[["run", "recipe", "size"]], on="run", how="left").fillna(
+        {"recipe": "", "size": ""}
+    )
+    rows = rows.merge(
+        runs.training[["run", "variant", "n_examples"]], on=["run", "variant"], how="left"
+    )
     corrected = holm({str(i): p for i, p in rows["p"].astype(float).items()})
-    setting = ["\n".join(filter(None, parts)) for parts in zip(rows["run"], rows["recipe"], rows["size"], strict=True)]
+    setting = [
+        "\n".join(filter(None, parts))
+        for parts in zip(rows["run"], rows["recipe"], rows["size"], strict=True)
+    ]
     return rows.assign(p_holm=[corrected[str(i)] for i in rows.index], setting=setting)
 
 
@@ -296,11 +413,18 @@ def run_sentences(
     if rows.empty:
         return []
     found = rows[rows["p_holm"] < 0.05]
-    parts = [f"Of {len(rows)} differences in {rows['run'].nunique()} runs, {(found['delta'] > 0).sum()} gains and {(found['delta'] < 0).sum()} losses remain at the 5 % level after correction for all of them."]
+    parts = [
+        f"Of {len(rows)} differences in {rows['run'].nunique()} runs, {(found['delta'] > 0).sum()} gains and {(found['delta'] < 0).sum()} losses remain at the 5 % level after correction for all of them."
+    ]
     for variant, group in rows.groupby("variant", sort=False):
-        worst, best = group.loc[group["delta"].astype(float).idxmin()], group.loc[group["delta"].astype(float).idxmax()]
+        worst, best = (
+            group.loc[group["delta"].astype(float).idxmin()],
+            group.loc[group["delta"].astype(float).idxmax()],
+        )
         if len(group) > 1:
-            parts.append(f"**{variant}**: from {100 * worst['delta']:+.1f} points in {worst['run']} to {100 * best['delta']:+.1f} in {best['run']}.")
+            parts.append(
+                f"**{variant}**: from {100 * worst['delta']:+.1f} points in {worst['run']} to {100 * best['delta']:+.1f} in {best['run']}."
+            )
     return parts
 
 # %% ../nbs/04_analysis.ipynb #d0e871f1
@@ -320,7 +444,9 @@ def size_sentences(
     parts = []
     for (variant, recipe), rows in table.groupby(["variant", "recipe"], sort=False):
         small, full = rows.iloc[0], rows.iloc[-1]
-        overlap = small["delta_high"] >= full["delta_low"] and full["delta_high"] >= small["delta_low"]
+        overlap = (
+            small["delta_high"] >= full["delta_low"] and full["delta_high"] >= small["delta_low"]
+        )
         parts.append(
             f"**{variant}**{f' ({recipe})' if recipe else ''}: {100 * small['delta']:+.1f} points with {small['n_examples']:,.0f} examples, {100 * full['delta']:+.1f} with {full['n_examples']:,.0f}"
             f" ({'the intervals overlap' if overlap else 'the intervals are apart'})."
@@ -345,7 +471,9 @@ def brittle_sentences(
     others = rows[~rows["is_headline"].astype(bool)]
     lost = others[others["delta_high"] < 0]
     kept = others[others["delta_low"] > 0]
-    names = ", ".join(f"{row.variant} on {row.problem_set} ({100 * row.delta:+.1f})" for row in lost.itertuples())
+    names = ", ".join(
+        f"{row.variant} on {row.problem_set} ({100 * row.delta:+.1f})" for row in lost.itertuples()
+    )
     return [
         f"Of {len(others)} comparisons on other problem sets, {len(kept)} show a gain whose interval excludes zero and {len(lost)} a loss.",
         f"Lost: {names}." if names else "Nothing is shown to have been forgotten.",

@@ -21,16 +21,39 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .config import EvalConfig, EvalSetConfig, StudyConfig, Variant, is_path
-from .decoding import Completion, adapter_fingerprint, open_engine
-from .errors import InputError
+from .core.config import EvalConfig, EvalSetConfig, StudyConfig, Variant, is_path
+from .core.errors import InputError
+from .core.plots import teacher_color
+from .core.problems import Problem, eval_problems, study_problems
+from .core.progress import Progress
+from cot_distill.core.runs import (
+    RunFolder,
+    atomic_path,
+    begin_stage,
+    fingerprint,
+    finish_stage,
+    locked,
+    open_chapter,
+    read_json,
+    read_parquet,
+    record_run,
+    stage_marker,
+    stage_state,
+    write_json,
+    write_parquet,
+)
+from cot_distill.core.stats import (
+    holm,
+    majority_answer,
+    minimum_detectable_difference,
+    paired_difference,
+    pass_at_k,
+    seed_spread,
+    wilson,
+)
 from .grading import RULES, final_answer, final_choice, grade_by, is_correct, is_letter
-from .plots import teacher_color
-from .problems import Problem, eval_problems, study_problems
-from .progress import Progress
-from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, locked, open_chapter, read_json, read_parquet, record_run, stage_marker, stage_state, write_json, write_parquet
-from .stats import holm, majority_answer, minimum_detectable_difference, paired_difference, pass_at_k, seed_spread, wilson
-from .students import load_tokenizer, prompt_ids, prompt_text, student_of
+from .student.model import load_tokenizer, prompt_ids, prompt_text, student_of
+from .student.slots import Completion, adapter_fingerprint, open_engine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,12 +241,19 @@ def eval_inputs(
     }  # fmt: skip
 
 
-def _content_of_file(study: StudyConfig, eval_set: EvalSetConfig, variant: str, run: RunFolder) -> str | None:
+def _content_of_file(
+    study: StudyConfig, eval_set: EvalSetConfig, variant: str, run: RunFolder
+) -> str | None:
     "Hash of the problems in a file, as found when they were scored if the file is gone; None for other problems"
     if not is_path(eval_set.source):
         return None
-    if not Path(study.source(eval_set.source)).exists() and stage_state(run.eval_dir(variant), eval_set.name) == "finished":
-        return read_json(stage_marker(run.eval_dir(variant), eval_set.name))["inputs"].get("content")
+    if (
+        not Path(study.source(eval_set.source)).exists()
+        and stage_state(run.eval_dir(variant), eval_set.name) == "finished"
+    ):
+        return read_json(stage_marker(run.eval_dir(variant), eval_set.name))["inputs"].get(
+            "content"
+        )
     return problems_fingerprint(eval_problems(study, eval_set))
 
 
@@ -263,7 +293,10 @@ def complete_tasks(
         if waiting:
             engine = open_engine(study)
             prompts, read = task_prompts(study, waiting, engine.tokenizer), engine.prompt_tokens
-            adapter, seed = None if variant == "base" else run.adapter(variant), seed_of(study, variant)
+            adapter, seed = (
+                None if variant == "base" else run.adapter(variant),
+                seed_of(study, variant),
+            )
             started = time.monotonic()
             for i, completion in engine.complete(
                 prompts, study.eval, adapter, [t.seed(seed) for t in waiting]
@@ -515,7 +548,9 @@ def compared_rows(
             "n_lost": gain.n_lost, "detectable": minimum_detectable_difference(len(answers), discordance),
         }  # fmt: skip
     for seed in dict.fromkeys(row.get("seed") for row in rows):
-        compared = {r["variant"]: r["vs_base"] for r in rows if r["vs_base"] and r.get("seed") == seed}
+        compared = {
+            r["variant"]: r["vs_base"] for r in rows if r["vs_base"] and r.get("seed") == seed
+        }
         for variant, p in holm({v: c["p_mcnemar"] for v, c in compared.items()}).items():
             compared[variant]["p_holm"] = p
     return rows
@@ -559,7 +594,9 @@ def _block(study: StudyConfig, eval_set: EvalSetConfig, run: RunFolder) -> dict[
 
 # %% ../nbs/03_eval.ipynb #4a9199fa
 def with_spread(
-    rows: list[dict[str, Any]],  # of `variant_row`; `over_seeds` is filled in where a teacher has repeats
+    rows: list[
+        dict[str, Any]
+    ],  # of `variant_row`; `over_seeds` is filled in where a teacher has repeats
 ) -> list[dict[str, Any]]:  # the same rows
     "Say how far the students of one teacher lie apart that differ in nothing but the seed"
     for row in rows:

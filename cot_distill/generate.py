@@ -23,19 +23,60 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import Answer, Question, read_body
-from .asking import Asking, ask_all, ask_by_batch, price_usd, prompt_tokens_estimate, run_in_thread
-from .config import StudyConfig, TeacherConfig
-from .errors import CotDistillError, InputError, ResumeLater
+from cot_distill.asking.ledger import (
+    Attempt,
+    BatchLedger,
+    read_attempts,
+    request_key,
+    spending,
+    status_tally,
+)
+from cot_distill.asking.loop import (
+    Asking,
+    ask_all,
+    ask_by_batch,
+    price_usd,
+    prompt_tokens_estimate,
+    run_in_thread,
+)
+from .asking.pace import Breaker, Pacer, utc_day
+from .asking.replies import Answer, Question, read_body
+from cot_distill.asking.screening import (
+    NGRAMS,
+    TestIndex,
+    blocking_run,
+    markup_in,
+    near_duplicates,
+    words_of,
+)
+from .core.config import StudyConfig, TeacherConfig
+from .core.errors import CotDistillError, InputError, ResumeLater
+from .core.plots import teacher_color
+from .core.problems import Problem, eval_problems, study_problems
+from .core.progress import Progress
+from cot_distill.core.runs import (
+    RunFolder,
+    atomic_path,
+    begin_stage,
+    fingerprint,
+    finish_stage,
+    read_json,
+    read_parquet,
+    record_run,
+    stage_marker,
+    write_parquet,
+)
 from .grading import final_answer, is_correct
-from .ledger import Attempt, BatchLedger, read_attempts, request_key, spending, status_tally
-from .limits import Breaker, Pacer, utc_day
-from .plots import teacher_color
-from .problems import Problem, eval_problems, study_problems
-from .progress import Progress
-from .runs import RunFolder, atomic_path, begin_stage, fingerprint, finish_stage, read_json, read_parquet, record_run, stage_marker, write_parquet
-from .screening import NGRAMS, TestIndex, blocking_run, markup_in, near_duplicates, words_of
-from .teachers import human_form, open_teacher, prompt_hash, recording_hash, recording_path, render_messages, request_body, request_of
+from cot_distill.teachers import (
+    human_form,
+    open_teacher,
+    prompt_hash,
+    recording_hash,
+    recording_path,
+    render_messages,
+    request_body,
+    request_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +91,15 @@ def study_questions(
     cfg = study.generate
     for sample_idx in range(cfg.n_samples):
         for problem in problems:
-            yield Question(problem, sample_idx, render_messages(problem, cfg), cfg.temperature, cfg.top_p, cfg.max_tokens, study.seed)
+            yield Question(
+                problem,
+                sample_idx,
+                render_messages(problem, cfg),
+                cfg.temperature,
+                cfg.top_p,
+                cfg.max_tokens,
+                study.seed,
+            )
 
 
 def _key_of(study: StudyConfig, teacher_id: str, question: Question) -> str:
@@ -58,7 +107,14 @@ def _key_of(study: StudyConfig, teacher_id: str, question: Question) -> str:
     return request_key(request_of(study, teacher_id, question), question.sample_idx)
 
 # %% ../nbs/01_generate.ipynb #da7e4835
-DROP_FOR_STATUS = {"truncated": "truncated", "blocked": "blocked", "empty": "empty", "malformed": "malformed", "bad_request": "refused", "missing": "missing"}
+DROP_FOR_STATUS = {
+    "truncated": "truncated",
+    "blocked": "blocked",
+    "empty": "empty",
+    "malformed": "malformed",
+    "bad_request": "refused",
+    "missing": "missing",
+}
 
 
 def grade(
@@ -69,11 +125,19 @@ def grade(
     "One graded rationale"
     cut = answer.status == "truncated"
     found = final_answer(answer.text, truncated=cut) if answer.text.strip() else None
-    correct = bool(answer.text.strip()) and is_correct(answer.text, problem.reference_answer, truncated=cut)
+    correct = bool(answer.text.strip()) and is_correct(
+        answer.text, problem.reference_answer, truncated=cut
+    )
     reason = DROP_FOR_STATUS.get(answer.status) or (None if answer.status == "ok" else "failed")
     if reason is None and not correct and not keep_wrong:
         reason = "unparsable" if found is None else "wrong"
-    return {"completion": answer.text, "final_answer": found, "is_correct": correct, "kept": reason is None, "drop_reason": reason}
+    return {
+        "completion": answer.text,
+        "final_answer": found,
+        "is_correct": correct,
+        "kept": reason is None,
+        "drop_reason": reason,
+    }
 
 # %% ../nbs/01_generate.ipynb #bcf2911c
 COLUMNS = (
@@ -91,7 +155,11 @@ def rationale_rows(
     "Graded rationales from a ledger"
     for question in study_questions(study, problems):
         attempt = final.get(_key_of(study, teacher_id, question))
-        answer = Answer("failed") if attempt is None else replace(read_body(attempt.raw_body or ""), status=attempt.status)
+        answer = (
+            Answer("failed")
+            if attempt is None
+            else replace(read_body(attempt.raw_body or ""), status=attempt.status)
+        )
         problem = question.problem
         yield {
             "problem_id": problem.problem_id, "question": problem.question, "reference_answer": problem.reference_answer,
@@ -107,9 +175,13 @@ def screen(
     rows: Sequence[dict[str, Any]],  # from `rationale_rows`; changed in place
     index: TestIndex,  # of the study's evaluation questions
     block_run: int,  # shared words in a row that drop a rationale; 0: whole copies only
-) -> dict[str, dict[str, int]]:  # of questions and of completions: rows with exact copies, and with runs of 8, 10, 13 words
+) -> dict[
+    str, dict[str, int]
+]:  # of questions and of completions: rows with exact copies, and with runs of 8, 10, 13 words
     "Drop what must not be taught and count what the evaluation sets share"
-    shared = {text: dict.fromkeys(("exact", *map(str, NGRAMS)), 0) for text in ("question", "completion")}
+    shared = {
+        text: dict.fromkeys(("exact", *map(str, NGRAMS)), 0) for text in ("question", "completion")
+    }
     samples: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         for text, counts in shared.items():
@@ -134,7 +206,9 @@ def _drop_repeats(groups: Iterable[list[dict[str, Any]]]) -> None:
     "Of a problem's samples that say the same, keep the first"
     for group in groups:
         kept = [row for row in group if row["kept"]]
-        for row, repeats in zip(kept, near_duplicates([row["completion"] for row in kept]), strict=True):
+        for row, repeats in zip(
+            kept, near_duplicates([row["completion"] for row in kept]), strict=True
+        ):
             if repeats:
                 _drop(row, "near_duplicate")
 
@@ -144,7 +218,15 @@ def rationale_table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
     import pandas as pd
 
     table = pd.DataFrame(list(rows), columns=list(COLUMNS))
-    types = {"sample_idx": "int64", "is_correct": "bool", "kept": "bool", "prompt_tokens": "Int64", "completion_tokens": "Int64", "cost_usd": "float64", "latency_s": "float64"}
+    types = {
+        "sample_idx": "int64",
+        "is_correct": "bool",
+        "kept": "bool",
+        "prompt_tokens": "Int64",
+        "completion_tokens": "Int64",
+        "cost_usd": "float64",
+        "latency_s": "float64",
+    }
     texts = [c for c in COLUMNS if c not in types]
     return table.astype(types | dict.fromkeys(texts, "string"))
 
@@ -152,11 +234,15 @@ def rationale_table(rows: Iterable[dict[str, Any]]) -> "pd.DataFrame":
 def eval_index(study: StudyConfig) -> TestIndex:
     "The evaluation questions and solutions of a study; raises `InputError` when the prompt template contains a question"
     problems = [p for eval_set in study.eval_sets for p in eval_problems(study, eval_set)]
-    index = TestIndex.of((p.question for p in problems), (p.solution for p in problems if p.solution))
+    index = TestIndex.of(
+        (p.question for p in problems), (p.solution for p in problems if p.solution)
+    )
     words = words_of(study.generate.prompt_template)
     copied = next((p for p in problems if _contains(words, words_of(p.question))), None)
     if copied:
-        raise InputError(f"generate.prompt_template contains a test question ({copied.problem_id}: {copied.question[:60]!r}...); take its example from elsewhere")
+        raise InputError(
+            f"generate.prompt_template contains a test question ({copied.problem_id}: {copied.question[:60]!r}...); take its example from elsewhere"
+        )
     return index
 
 
@@ -172,13 +258,33 @@ def generate_inputs(
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the rationales"
     cfg = study.teacher(teacher_id)
-    who = cfg.model_dump(include={"provider", "model", "base_url", "sdk", "extra_body"} | ({"send_as"} if cfg.send_as else set()))
+    who = cfg.model_dump(
+        include={"provider", "model", "base_url", "sdk", "extra_body"}
+        | ({"send_as"} if cfg.send_as else set())
+    )
     if cfg.provider == "recorded":
-        who = {"provider": "recorded", "recording": recording_path(study, cfg).name, "content": recording_hash(study, cfg)}
+        who = {
+            "provider": "recorded",
+            "recording": recording_path(study, cfg).name,
+            "content": recording_hash(study, cfg),
+        }
     if cfg.provider == "human":
         who = {"provider": "human"} | human_form(cfg)
-    how = study.generate.model_dump(include={"prompt_template", "system_prompt", "n_samples", "temperature", "top_p", "max_tokens", "keep_wrong", "block_ngram"})
-    content = fingerprint([[p.problem_id, p.question, p.reference_answer, p.solution] for p in problems])
+    how = study.generate.model_dump(
+        include={
+            "prompt_template",
+            "system_prompt",
+            "n_samples",
+            "temperature",
+            "top_p",
+            "max_tokens",
+            "keep_wrong",
+            "block_ngram",
+        }
+    )
+    content = fingerprint(
+        [[p.problem_id, p.question, p.reference_answer, p.solution] for p in problems]
+    )
     return {"problems": {"n": len(problems), "content": content}, "teacher": who, "generate": how}
 
 # %% ../nbs/01_generate.ipynb #de4f0b12
@@ -194,15 +300,25 @@ class GenerateSummary:
     models: dict[str, int]  # as the responses name them
     rerouted: dict[str, int]  # those of them that were not asked for
     attempts: dict[str, int]  # status -> attempts, all of the ledger
-    shared_with_tests: dict[str, dict[str, int]]  # questions and completions that share whole texts, or runs of 8, 10, 13 words, with an evaluation set
+    shared_with_tests: dict[
+        str, dict[str, int]
+    ]  # questions and completions that share whole texts, or runs of 8, 10, 13 words, with an evaluation set
     cost_usd: float  # all attempts, those that failed included
     prompt_tokens: int
     completion_tokens: int
 
     def __str__(self) -> str:
-        why = ", ".join(f"{n} {reason}" for reason, n in self.drop_reasons.items()) or "none dropped"
-        other = f"; not all answers came from the model asked for: {self.rerouted}" if self.rerouted else ""
-        return f"{self.teacher}: kept {self.n_kept} of {self.n} ({why}); ${self.cost_usd:.4f}{other}"
+        why = (
+            ", ".join(f"{n} {reason}" for reason, n in self.drop_reasons.items()) or "none dropped"
+        )
+        other = (
+            f"; not all answers came from the model asked for: {self.rerouted}"
+            if self.rerouted
+            else ""
+        )
+        return (
+            f"{self.teacher}: kept {self.n_kept} of {self.n} ({why}); ${self.cost_usd:.4f}{other}"
+        )
 
 
 def summarize(
@@ -247,7 +363,9 @@ def run_generate(
     _check_sampling(study, teacher_id)
     problems, index = study_problems(study, folder / "quarantine.jsonl"), eval_index(study)
     inputs = generate_inputs(study, teacher_id, problems)
-    if begin_stage(folder, "generate", inputs) == "done" and (summary := _finished(folder, run.rationales(teacher_id))):
+    if begin_stage(folder, "generate", inputs) == "done" and (
+        summary := _finished(folder, run.rationales(teacher_id))
+    ):
         print(f"{summary} (already done)", file=sys.stderr)
         return summary
     _check_room(folder, len(problems) * study.generate.n_samples)
@@ -255,15 +373,31 @@ def run_generate(
         _ask_missing(study, teacher_id, run, problems, ledger)
         final = {a.request_key: a for a in read_attempts(ledger, only_final=True)}
         rows = list(rationale_rows(study, teacher_id, problems, final))
-        shared = screen(rows, index, blocking_run(study.problems.source, study.generate.block_ngram))
+        shared = screen(
+            rows, index, blocking_run(study.problems.source, study.generate.block_ngram)
+        )
         table = rationale_table(rows)
         _check_answers(study, teacher_id, table)
-        summary = summarize(teacher_id, study.teacher(teacher_id), table, status_tally(ledger), shared, spending(ledger)[1])
+        summary = summarize(
+            teacher_id,
+            study.teacher(teacher_id),
+            table,
+            status_tally(ledger),
+            shared,
+            spending(ledger)[1],
+        )
     write_parquet(run.rationales(teacher_id), table)
     write_card(study, teacher_id, summary, table, folder / "README.md")
     finish_stage(folder, "generate", **asdict(summary))
     facts = {k: v for k, v in asdict(summary).items() if k != "teacher"}
-    record_run(run, "generate", teacher_id, wall_s=round(time.monotonic() - started, 3), prompt_hash=prompt_hash(study.generate), **facts)
+    record_run(
+        run,
+        "generate",
+        teacher_id,
+        wall_s=round(time.monotonic() - started, 3),
+        prompt_hash=prompt_hash(study.generate),
+        **facts,
+    )
     return summary
 
 # %% ../nbs/01_generate.ipynb #5c7c54b7
@@ -280,26 +414,43 @@ def _check_sampling(study: StudyConfig, teacher_id: str) -> None:
     "Refuse to pay several times for the same answer"
     how, provider = study.generate, study.teacher(teacher_id).provider
     if how.n_samples > 1 and how.temperature == 0 and provider not in ("human", "recorded"):
-        raise InputError(f"generate.n_samples = {how.n_samples} at temperature 0 would pay {how.n_samples} times for one answer of teacher {teacher_id!r}; set generate.temperature above 0, or n_samples = 1")
+        raise InputError(
+            f"generate.n_samples = {how.n_samples} at temperature 0 would pay {how.n_samples} times for one answer of teacher {teacher_id!r}; set generate.temperature above 0, or n_samples = 1"
+        )
 
 
 def _check_room(folder: Path, n: int) -> None:
     "Refuse to begin what would fill the disk half-way"
     free, needed = shutil.disk_usage(folder).free, 20_000_000 + 8_000 * n
     if free < needed:
-        raise InputError(f"{folder} has {free / 1e6:.0f} MB left on its disk; {n} answers need about {needed / 1e6:.0f} MB: make room, or use another --run-dir")
+        raise InputError(
+            f"{folder} has {free / 1e6:.0f} MB left on its disk; {n} answers need about {needed / 1e6:.0f} MB: make room, or use another --run-dir"
+        )
 
 
 def _check_answers(study: StudyConfig, teacher_id: str, table: "pd.DataFrame") -> None:
     "Refuse a result that is mostly holes"
-    n_failed, n_missing = int((table["drop_reason"] == "failed").sum()), int((table["drop_reason"] == "missing").sum())
+    n_failed, n_missing = (
+        int((table["drop_reason"] == "failed").sum()),
+        int((table["drop_reason"] == "missing").sum()),
+    )
     if n_missing == len(table):
-        raise InputError(f"teacher {teacher_id!r} has an answer to none of the {len(table)} questions; is it a recording of other problems?")
+        raise InputError(
+            f"teacher {teacher_id!r} has an answer to none of the {len(table)} questions; is it a recording of other problems?"
+        )
     if n_failed > 0.01 * len(table):
-        raise ResumeLater(f"teacher {teacher_id!r} left {n_failed} of {len(table)} questions unanswered after {study.generate.max_attempts} attempts each; run the same command again, finished answers are kept")
+        raise ResumeLater(
+            f"teacher {teacher_id!r} left {n_failed} of {len(table)} questions unanswered after {study.generate.max_attempts} attempts each; run the same command again, finished answers are kept"
+        )
 
 # %% ../nbs/01_generate.ipynb #e837bbc4
-def _ask_missing(study: StudyConfig, teacher_id: str, run: RunFolder, problems: Sequence[Problem], ledger: BatchLedger) -> None:
+def _ask_missing(
+    study: StudyConfig,
+    teacher_id: str,
+    run: RunFolder,
+    problems: Sequence[Problem],
+    ledger: BatchLedger,
+) -> None:
     "Ask every question that has no final answer in the ledger yet"
     cfg = study.teacher(teacher_id)
     settled = {a.request_key for a in read_attempts(ledger, only_final=True)}
@@ -309,17 +460,37 @@ def _ask_missing(study: StudyConfig, teacher_id: str, run: RunFolder, problems: 
     if not todo:
         return
     if cfg.batch and cfg.provider != "openai":
-        raise InputError(f"teacher {teacher_id!r}: batch = true needs provider 'openai', whose Batch API it uses; got {cfg.provider!r}")
+        raise InputError(
+            f"teacher {teacher_id!r}: batch = true needs provider 'openai', whose Batch API it uses; got {cfg.provider!r}"
+        )
     breaker = Breaker(study.generate, *spending(ledger))
     cap = {} if study.generate.max_usd is None else {"usd_cap": study.generate.max_usd}
-    with Progress(len(keyed), f"generate {teacher_id}", run.progress("generate", teacher_id), done=len(keyed) - len(todo)) as bar:
+    with Progress(
+        len(keyed),
+        f"generate {teacher_id}",
+        run.progress("generate", teacher_id),
+        done=len(keyed) - len(todo),
+    ) as bar:
 
         def make_asking() -> Asking:
             pacer, teacher = Pacer(cfg, n_sent_today(ledger)), open_teacher(study, teacher_id)
-            return Asking(study.generate, teacher, lambda q: _key_of(study, teacher_id, q), ledger, pacer, breaker, lambda answer: bar.advance(usd=breaker.usd, **cap), cut)
+            return Asking(
+                study.generate,
+                teacher,
+                lambda q: _key_of(study, teacher_id, q),
+                ledger,
+                pacer,
+                breaker,
+                lambda answer: bar.advance(usd=breaker.usd, **cap),
+                cut,
+            )
 
         def ask(asking: Asking) -> Coroutine[Any, Any, None]:
-            return ask_by_batch(asking, todo, lambda q: request_body(cfg, q)) if cfg.batch else ask_all(asking, todo)
+            return (
+                ask_by_batch(asking, todo, lambda q: request_body(cfg, q))
+                if cfg.batch
+                else ask_all(asking, todo)
+            )
 
         run_in_thread(make_asking, ask)
 
@@ -344,7 +515,11 @@ def quote(
         guess = min(completion_tokens, study.generate.max_tokens)
         capped = n_prompt + n * study.generate.max_tokens
         has_batches = cfg.provider == "openai" and (cfg.base_url is None or cfg.batch)
-        minutes = max(n / cfg.rpm if cfg.rpm else 0.0, capped / cfg.tpm if cfg.tpm else 0.0, 1440 * ((n - 1) // cfg.rpd) if cfg.rpd else 0.0)
+        minutes = max(
+            n / cfg.rpm if cfg.rpm else 0.0,
+            capped / cfg.tpm if cfg.tpm else 0.0,
+            1440 * ((n - 1) // cfg.rpd) if cfg.rpd else 0.0,
+        )
         quotes[teacher_id] = {
             "requests": n, "prompt_tokens": n_prompt, "completion_tokens": n * guess, "usd": round(price_usd(cfg, n_prompt, n * guess), 4),
             "usd_batch": round(price_usd(cfg, n_prompt, n * guess, batch=True), 4) if has_batches else None, "usd_at_most": round(price_usd(cfg, n_prompt, n * study.generate.max_tokens), 4),
@@ -388,14 +563,18 @@ def card_text(
     table: "pd.DataFrame",  # `rationales.parquet`
 ) -> str:  # Markdown
     "What stands in the README.md beside `rationales.parquet`"
-    from cot_distill.stats import wilson
+    from cot_distill.core.stats import wilson
 
     cfg, kept = study.teacher(teacher_id), table[table["kept"]]
     words = kept["completion"].str.split().str.len()
     models = ", ".join(f"{m} ({n})" for m, n in summary.models.items()) or "the responses name none"
     models += f"; not asked for: {', '.join(summary.rerouted)}" if summary.rerouted else ""
     low, high = wilson(summary.n_correct, summary.n)
-    lengths = f"{words.median():.0f} words in the median, {words.min():.0f} to {words.max():.0f}" if len(kept) else "nothing kept"
+    lengths = (
+        f"{words.median():.0f} words in the median, {words.min():.0f} to {words.max():.0f}"
+        if len(kept)
+        else "nothing kept"
+    )
     return f"""# Rationales of the teacher `{teacher_id}`
 
 | | |
@@ -424,9 +603,17 @@ Prompt template (hash {prompt_hash(study.generate)}){_card_note(cfg)}:
 # %% ../nbs/01_generate.ipynb #865d3e57
 def _card_counts(summary: GenerateSummary) -> str:
     "Why rows were dropped, and what they share with the evaluation sets, as tables"
-    drops = [f"| {reason} | {n} |" for reason, n in summary.drop_reasons.items()] or ["| none | 0 |"]
-    shared = [f"| {text} | {' | '.join(map(str, counts.values()))} |" for text, counts in summary.shared_with_tests.items()]
-    heads = ["| dropped because | rows |\n|---|---|", "\n| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |\n|---|---|---|---|---|"]
+    drops = [f"| {reason} | {n} |" for reason, n in summary.drop_reasons.items()] or [
+        "| none | 0 |"
+    ]
+    shared = [
+        f"| {text} | {' | '.join(map(str, counts.values()))} |"
+        for text, counts in summary.shared_with_tests.items()
+    ]
+    heads = [
+        "| dropped because | rows |\n|---|---|",
+        "\n| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |\n|---|---|---|---|---|",
+    ]
     return "\n".join([heads[0], *drops, heads[1], *shared])
 
 
@@ -434,15 +621,25 @@ def _card_note(cfg: TeacherConfig) -> str:
     "Why the prompt of this study may not be what the teacher saw"
     if cfg.provider == "human":
         return "; not used: these solutions came with the problems"
-    return f"; not used: these answers were recorded earlier, see the card of {Path(cfg.path or '').name}" if cfg.provider == "recorded" else ""
+    return (
+        f"; not used: these answers were recorded earlier, see the card of {Path(cfg.path or '').name}"
+        if cfg.provider == "recorded"
+        else ""
+    )
 
 
 def _system_note(study: StudyConfig) -> str:
     "The system prompt, where there is one"
-    return f"\nSystem prompt:\n\n```\n{study.generate.system_prompt}\n```\n" if study.generate.system_prompt else ""
+    return (
+        f"\nSystem prompt:\n\n```\n{study.generate.system_prompt}\n```\n"
+        if study.generate.system_prompt
+        else ""
+    )
 
 
-def write_card(study: StudyConfig, teacher_id: str, summary: GenerateSummary, table: "pd.DataFrame", path: Path) -> None:
+def write_card(
+    study: StudyConfig, teacher_id: str, summary: GenerateSummary, table: "pd.DataFrame", path: Path
+) -> None:
     "Write the data card whole"
     with atomic_path(path) as part:
         part.write_text(card_text(study, teacher_id, summary, table), encoding="utf-8")
@@ -457,7 +654,10 @@ def export_recording(
     "Write a teacher's final answers in the form that a `recorded` teacher replays"
     problems = {p.problem_id: p for p in study_problems(study)}
     with BatchLedger(run.ledger(teacher_id)) as ledger:
-        final = sorted((a for a in read_attempts(ledger, only_final=True) if a.problem_id in problems), key=lambda a: (a.problem_id, a.sample_idx))
+        final = sorted(
+            (a for a in read_attempts(ledger, only_final=True) if a.problem_id in problems),
+            key=lambda a: (a.problem_id, a.sample_idx),
+        )
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as file:
         for attempt in final:
             answer = read_body(attempt.raw_body or "")
@@ -482,9 +682,20 @@ def plot_lengths(
     words = table["completion"].str.split().str.len().astype(float)
     bins = range(0, int(words.max()) + 3, max(1, int(words.max()) // 40))
     teacher_id = str(table["teacher"].iloc[0])
-    for kept, color, label in ((True, teacher_color(teacher_id), "kept"), (False, "#bbbbbb", "dropped")):
-        ax.hist(words[table["kept"] == kept], bins=bins, color=color, alpha=0.8, label=f"{label} (n = {int((table['kept'] == kept).sum())})")
-    ax.set(xlabel="length of a rationale, words", ylabel="rationales", title=f"What {teacher_id} wrote")
+    for kept, color, label in (
+        (True, teacher_color(teacher_id), "kept"),
+        (False, "#bbbbbb", "dropped"),
+    ):
+        ax.hist(
+            words[table["kept"] == kept],
+            bins=bins,
+            color=color,
+            alpha=0.8,
+            label=f"{label} (n = {int((table['kept'] == kept).sum())})",
+        )
+    ax.set(
+        xlabel="length of a rationale, words", ylabel="rationales", title=f"What {teacher_id} wrote"
+    )
     ax.legend(frameon=False)
     return ax
 
@@ -493,7 +704,9 @@ def outcome_table(summary: GenerateSummary) -> "pd.DataFrame":
     "Where every rationale went: kept, or dropped and why, with shares"
     import pandas as pd
 
-    counts = {"kept": summary.n_kept} | {f"dropped: {reason}": n for reason, n in summary.drop_reasons.items()}
+    counts = {"kept": summary.n_kept} | {
+        f"dropped: {reason}": n for reason, n in summary.drop_reasons.items()
+    }
     table = pd.DataFrame({"rationales": counts})
     return table.assign(share=(table["rationales"] / summary.n).map("{:.1%}".format))
 
@@ -510,11 +723,16 @@ def throughput(
     rates: dict[str, float | None] = {"requests": None, "tokens": None}
     if cfg.provider not in ("human", "recorded"):  # nobody was asked
         with BatchLedger(run.ledger(teacher_id)) as ledger:
-            sent = [(datetime.fromisoformat(a.started_at).timestamp(), a.prompt_tokens or 0) for a in read_attempts(ledger)]
+            sent = [
+                (datetime.fromisoformat(a.started_at).timestamp(), a.prompt_tokens or 0)
+                for a in read_attempts(ledger)
+            ]
         minutes = _minutes_of_asking([at for at, _ in sent])
         tokens = sum(n for _, n in sent) + len(sent) * study.generate.max_tokens
         rates = {"requests": len(sent) / minutes, "tokens": tokens / minutes} if minutes else rates
-    table = pd.DataFrame({"a minute": rates, "limit": {"requests": cfg.rpm, "tokens": cfg.tpm}}, dtype="Float64")
+    table = pd.DataFrame(
+        {"a minute": rates, "limit": {"requests": cfg.rpm, "tokens": cfg.tpm}}, dtype="Float64"
+    )
     return table.assign(share=table["a minute"] / table["limit"])
 
 

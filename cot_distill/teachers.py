@@ -21,14 +21,23 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from .answers import Answer, Question, Teacher, connection_error, read_body, read_error, read_openai_body, unreachable
-from .config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
-from .errors import InputError, ResumeLater
-from .gemini import connect_genai, connect_generativeai
-from .keys import check_destination, read_key, redact
-from .ledger import LedgerFile, read_attempts
-from .problems import Problem
-from .runs import file_fingerprint, fingerprint
+from .asking.gemini import connect_genai, connect_generativeai
+from .asking.keys import check_destination, read_key, redact
+from .asking.ledger import LedgerFile, read_attempts
+from cot_distill.asking.replies import (
+    Answer,
+    Question,
+    Teacher,
+    connection_error,
+    read_body,
+    read_error,
+    read_openai_body,
+    unreachable,
+)
+from .core.config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
+from .core.errors import InputError, ResumeLater
+from .core.problems import Problem
+from .core.runs import file_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +50,10 @@ def render_messages(
 ) -> list[dict[str, str]]:  # chat messages
     "What a teacher is asked; the question is inserted as data, braces in it mean nothing"
     system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt else []
-    return [*system, {"role": "user", "content": cfg.prompt_template.replace("{question}", problem.question)}]
+    return [
+        *system,
+        {"role": "user", "content": cfg.prompt_template.replace("{question}", problem.question)},
+    ]
 
 
 def prompt_hash(
@@ -61,13 +73,29 @@ class HumanTeacher:
         "The worked solution, or `missing` where the data set has none"
         text = question.problem.solution
         if text is None:
-            return Answer("missing", error="the data set has no worked solution for this problem", billed=False)
+            return Answer(
+                "missing",
+                error="the data set has no worked solution for this problem",
+                billed=False,
+            )
         if not self.cfg.calculator_marks:
             text = re.sub(r"<<[^<>]*>>", "", text)
         if self.cfg.answer_line is not None:
             steps = (text.rpartition("####")[0] or text).rstrip()
-            text = steps + "\n" + self.cfg.answer_line.replace("{answer}", question.problem.reference_answer)
-        return Answer("ok", text, model="human", finish_reason="stop", raw_body=json.dumps({"completion": text, "model": "human", "finish_reason": "stop"}, ensure_ascii=False))
+            text = (
+                steps
+                + "\n"
+                + self.cfg.answer_line.replace("{answer}", question.problem.reference_answer)
+            )
+        return Answer(
+            "ok",
+            text,
+            model="human",
+            finish_reason="stop",
+            raw_body=json.dumps(
+                {"completion": text, "model": "human", "finish_reason": "stop"}, ensure_ascii=False
+            ),
+        )
 
     async def check(self) -> str:
         return "the data set's own solutions"
@@ -98,23 +126,36 @@ def read_recording(
     _existing(path)
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [
+                json.loads(line)
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
         if path.suffix == ".parquet":
             import pandas as pd
 
             frame = pd.read_parquet(path)
-            return [{k: v for k, v in row.items() if v == v and v is not None} for row in frame.to_dict("records")]
+            return [
+                {k: v for k, v in row.items() if v == v and v is not None}
+                for row in frame.to_dict("records")
+            ]
         if path.suffix == ".sqlite":
             return _ledger_rows(path)
     except (ValueError, OSError) as err:
-        raise err if isinstance(err, InputError) else InputError(f"{path} is not a readable recording: {str(err)[:200]}") from None
+        raise (
+            err
+            if isinstance(err, InputError)
+            else InputError(f"{path} is not a readable recording: {str(err)[:200]}")
+        ) from None
     raise InputError(f"{path}: a recording ends in .jsonl, .parquet or .sqlite")
 
 
 def _existing(path: Path) -> Path:
     "The same path; raises `InputError` when no file is there"
     if not path.is_file():
-        raise InputError(f"no recording at {path}; set the teacher's path to a ledger, parquet or JSONL file of earlier answers")
+        raise InputError(
+            f"no recording at {path}; set the teacher's path to a ledger, parquet or JSONL file of earlier answers"
+        )
     return path
 
 # %% ../nbs/00_teachers.ipynb #2a0f1ed6
@@ -125,8 +166,18 @@ def _ledger_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for attempt in final:
         answer = read_body(attempt.raw_body or "")
-        facts = {name: getattr(answer, name) for name in ("model", "finish_reason", "prompt_tokens", "completion_tokens")}
-        rows.append({"problem_id": attempt.problem_id, "sample_idx": attempt.sample_idx, "completion": answer.text, **facts})
+        facts = {
+            name: getattr(answer, name)
+            for name in ("model", "finish_reason", "prompt_tokens", "completion_tokens")
+        }
+        rows.append(
+            {
+                "problem_id": attempt.problem_id,
+                "sample_idx": attempt.sample_idx,
+                "completion": answer.text,
+                **facts,
+            }
+        )
     return rows
 
 # %% ../nbs/00_teachers.ipynb #677dcb29
@@ -141,18 +192,31 @@ class RecordedTeacher:
         self.cfg, self.path = cfg, path
         self.answers: dict[tuple[str, int], dict[str, Any]] = {}
         for row in read_recording(path):
-            if not isinstance(row, dict) or "completion" not in row or not ("question" in row or "problem_id" in row):
-                raise InputError(f"{path}: a row of a recording needs completion, and question or problem_id; got {str(row)[:100]}")
+            if (
+                not isinstance(row, dict)
+                or "completion" not in row
+                or not ("question" in row or "problem_id" in row)
+            ):
+                raise InputError(
+                    f"{path}: a row of a recording needs completion, and question or problem_id; got {str(row)[:100]}"
+                )
             for name in ("question", "problem_id"):
                 if row.get(name):
-                    self.answers.setdefault((normalized(str(row[name])), int(row.get("sample_idx", 0))), row)
+                    self.answers.setdefault(
+                        (normalized(str(row[name])), int(row.get("sample_idx", 0))), row
+                    )
 
     async def ask(self, question: Question) -> Answer:
         "The recorded answer, or `missing`"
-        keys = [(normalized(text), question.sample_idx) for text in (question.problem.question, question.problem.problem_id)]
+        keys = [
+            (normalized(text), question.sample_idx)
+            for text in (question.problem.question, question.problem.problem_id)
+        ]
         row = next((self.answers[k] for k in keys if k in self.answers), None)
         if row is None:
-            return Answer("missing", error=f"{self.path.name} has no answer to this question", billed=False)
+            return Answer(
+                "missing", error=f"{self.path.name} has no answer to this question", billed=False
+            )
         return read_body(json.dumps(row, ensure_ascii=False, default=str))
 
     async def check(self) -> str:
@@ -183,7 +247,11 @@ class OpenAITeacher:
 
         try:
             async with asyncio.timeout(self.deadline_s):
-                return read_openai_body(await self.client.post("/chat/completions", body=request_body(self.cfg, question), cast_to=str))
+                return read_openai_body(
+                    await self.client.post(
+                        "/chat/completions", body=request_body(self.cfg, question), cast_to=str
+                    )
+                )
         except openai.APIStatusError as err:
             return read_error(err.status_code, err.response.text, err.response.headers)
         except TimeoutError:
@@ -204,8 +272,18 @@ def request_body(
     question: Question,
 ) -> dict[str, Any]:  # JSON
     "A question as the body of a chat completion, by the provider's names and with its own switches"
-    asked = {"model": cfg.model, "messages": question.messages, "temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens}
-    named = {cfg.send_as.get(name, name): value for name, value in asked.items() if cfg.send_as.get(name) != ""}
+    asked = {
+        "model": cfg.model,
+        "messages": question.messages,
+        "temperature": question.temperature,
+        "top_p": question.top_p,
+        "max_tokens": question.max_tokens,
+    }
+    named = {
+        cfg.send_as.get(name, name): value
+        for name, value in asked.items()
+        if cfg.send_as.get(name) != ""
+    }
     return named | cfg.extra_body
 
 
@@ -220,11 +298,17 @@ def _openai_client(cfg: TeacherConfig, deadline_s: float) -> "AsyncOpenAI":
         check_destination(cfg.api_key_env, url)
         key = read_key(cfg.api_key_env).get_secret_value()
     elif cfg.base_url is None:
-        raise InputError("a teacher of provider 'openai' needs api_key_env (such as OPENAI_API_KEY) or the base_url of a local server")
-    kept = Limits(max_connections=cfg.max_in_flight + 8, max_keepalive_connections=cfg.max_in_flight + 8)
+        raise InputError(
+            "a teacher of provider 'openai' needs api_key_env (such as OPENAI_API_KEY) or the base_url of a local server"
+        )
+    kept = Limits(
+        max_connections=cfg.max_in_flight + 8, max_keepalive_connections=cfg.max_in_flight + 8
+    )
     late = deadline_s + 5  # the deadline of a call comes first
     http = openai.DefaultAioHttpClient(follow_redirects=False, timeout=late, limits=kept)
-    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, timeout=late, http_client=http)
+    return openai.AsyncOpenAI(
+        api_key=key, base_url=url, max_retries=0, timeout=late, http_client=http
+    )
 
 # %% ../nbs/00_teachers.ipynb #d6653192
 async def check_openai_model(
@@ -243,7 +327,9 @@ async def check_openai_model(
     except openai.APIStatusError as err:
         answer = read_error(err.status_code, err.response.text, err.response.headers)
         if answer.status == "bad_key":
-            raise InputError(redact(f"{url} refuses the key in {cfg.api_key_env}: {answer.error}")) from None
+            raise InputError(
+                redact(f"{url} refuses the key in {cfg.api_key_env}: {answer.error}")
+            ) from None
         return f"{url} does not list its models (HTTP {err.status_code}); {cfg.model} is taken on trust"
     except (TimeoutError, openai.APIConnectionError) as err:
         raise ResumeLater(connection_error(err, url)) from None
@@ -259,7 +345,9 @@ def _model_verdict(cfg: TeacherConfig, names: Sequence[str], url: str) -> str:
     if not cfg.api_key_env:  # local servers answer to any name
         return f"{url} serves {', '.join(names[:3])}; it is asked for {cfg.model!r}"
     near = difflib.get_close_matches(cfg.model, names, n=3, cutoff=0.4)
-    raise InputError(f"{url} has no model {cfg.model!r}; near: {', '.join(near) or ', '.join(list(names)[:5])}; set the teacher's model")
+    raise InputError(
+        f"{url} has no model {cfg.model!r}; near: {', '.join(near) or ', '.join(list(names)[:5])}; set the teacher's model"
+    )
 
 # %% ../nbs/00_teachers.ipynb #901d84d1
 GEMINI_URL = "https://generativelanguage.googleapis.com"
@@ -294,8 +382,16 @@ class GeminiTeacher:
         answer = await _in_a_thread(self.describe)
         if answer.status in ("bad_key", "no_model", "unreachable", "bad_request"):
             kind = ResumeLater if answer.status == "unreachable" else InputError
-            raise kind(redact(f"{self.url}: {self.cfg.model!r} cannot be used ({answer.error}); check the teacher's model and {self.cfg.api_key_env or 'GEMINI_API_KEY'}"))
-        return f"{self.url} serves {self.cfg.model}" if answer.status == "ok" else f"{self.url}: {answer.error}"
+            raise kind(
+                redact(
+                    f"{self.url}: {self.cfg.model!r} cannot be used ({answer.error}); check the teacher's model and {self.cfg.api_key_env or 'GEMINI_API_KEY'}"
+                )
+            )
+        return (
+            f"{self.url} serves {self.cfg.model}"
+            if answer.status == "ok"
+            else f"{self.url}: {answer.error}"
+        )
 
     async def close(self) -> None:
         pass
@@ -325,29 +421,46 @@ class LocalTeacher:
         cfg: TeacherConfig,
         model_source: str,  # hub id, folder or `.gguf`
     ):
-        from cot_distill.students import load_student
+        from cot_distill.student.model import load_student
 
         self.cfg = cfg
         try:
-            student = StudentConfig(model=model_source, **{"dtype": "float32", "device": "auto"} | cfg.extra_body)
+            student = StudentConfig(
+                model=model_source, **{"dtype": "float32", "device": "auto"} | cfg.extra_body
+            )
         except ValidationError as err:
             where, why = ".".join(map(str, err.errors()[0]["loc"])), err.errors()[0]["msg"]
-            raise InputError(f"extra_body of the local model {cfg.model!r}: {where}: {why}; it takes dtype, device and quantization") from None
+            raise InputError(
+                f"extra_body of the local model {cfg.model!r}: {where}: {why}; it takes dtype, device and quantization"
+            ) from None
         self.model, self.tokenizer = load_student(student)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="local-teacher")
 
     async def ask(self, question: Question) -> Answer:
         "One completion, sampled with the question's own seed"
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self._generate, question)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.thread, self._generate, question
+        )
 
     def _generate(self, question: Question) -> Answer:
         import torch
 
-        inputs = self.tokenizer.apply_chat_template(question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(self.model.device)
-        sampling = {"do_sample": True, "temperature": question.temperature, "top_p": question.top_p} if question.temperature else {"do_sample": False}
+        inputs = self.tokenizer.apply_chat_template(
+            question.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        sampling = (
+            {"do_sample": True, "temperature": question.temperature, "top_p": question.top_p}
+            if question.temperature
+            else {"do_sample": False}
+        )
         torch.manual_seed(question.seed + question.sample_idx)
         with torch.inference_mode():
-            ids = self.model.generate(**inputs, max_new_tokens=question.max_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling)[0]
+            ids = self.model.generate(
+                **inputs,
+                max_new_tokens=question.max_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **sampling,
+            )[0]
         n_prompt = inputs["input_ids"].shape[1]
         cut = len(ids) - n_prompt >= question.max_tokens
         row = {
@@ -369,7 +482,9 @@ def recording_path(
 ) -> Path:  # the file a `recorded` teacher replays
     "Where a recording lies; `package:NAME` is one that ships with this library"
     if not cfg.path:
-        raise InputError("a teacher of provider 'recorded' needs path: a ledger, parquet or JSONL file of earlier answers")
+        raise InputError(
+            "a teacher of provider 'recorded' needs path: a ledger, parquet or JSONL file of earlier answers"
+        )
     if cfg.path.startswith("package:"):
         import cot_distill
 
@@ -403,7 +518,13 @@ def open_teacher(
     if cfg.provider == "human":
         return HumanTeacher(cfg)
     if cfg.provider == "recorded":  # nobody is asked, so nothing is paid and nothing is waited for
-        free = {"rpm": None, "tpm": None, "rpd": None, "usd_per_million_input": 0.0, "usd_per_million_output": 0.0}
+        free = {
+            "rpm": None,
+            "tpm": None,
+            "rpd": None,
+            "usd_per_million_input": 0.0,
+            "usd_per_million_output": 0.0,
+        }
         return RecordedTeacher(cfg.model_copy(update=free), recording_path(study, cfg))
     if cfg.provider == "openai":
         return OpenAITeacher(cfg, study.generate.deadline_s)
@@ -426,7 +547,12 @@ def request_of(
         return shared | {"recording": recording_hash(study, cfg)}
     if cfg.provider == "human":
         return shared | {"solution": question.problem.solution} | human_form(cfg)
-    settings = {"temperature": question.temperature, "top_p": question.top_p, "max_tokens": question.max_tokens, "extra_body": cfg.extra_body}
+    settings = {
+        "temperature": question.temperature,
+        "top_p": question.top_p,
+        "max_tokens": question.max_tokens,
+        "extra_body": cfg.extra_body,
+    }
     return shared | settings | ({"send_as": cfg.send_as} if cfg.send_as else {})
 
 # %% ../nbs/00_teachers.ipynb #a729fa96
@@ -437,10 +563,33 @@ def teacher_table(
     import pandas as pd
 
     def row(teacher_id: str, cfg: TeacherConfig) -> dict[str, Any]:
-        limits = [f"{v:g} {unit}" for v, unit in ((cfg.rpm, "requests/min"), (cfg.tpm, "tokens/min"), (cfg.rpd, "requests/day")) if v]
+        limits = [
+            f"{v:g} {unit}"
+            for v, unit in (
+                (cfg.rpm, "requests/min"),
+                (cfg.tpm, "tokens/min"),
+                (cfg.rpd, "requests/day"),
+            )
+            if v
+        ]
         hosted = cfg.provider in ("openai", "gemini")
-        price = f"{cfg.usd_per_million_input:g} in, {cfg.usd_per_million_output:g} out" if hosted else "free"
-        what = cfg.model or (Path(cfg.path).name.removeprefix("package:") if cfg.path else "the problems' own solutions")
-        return {"teacher": teacher_id, "provider": cfg.provider, "model": what, "dollars a million tokens": price, "limits": ", ".join(limits) or "none stated", "terms": cfg.license}
+        price = (
+            f"{cfg.usd_per_million_input:g} in, {cfg.usd_per_million_output:g} out"
+            if hosted
+            else "free"
+        )
+        what = cfg.model or (
+            Path(cfg.path).name.removeprefix("package:")
+            if cfg.path
+            else "the problems' own solutions"
+        )
+        return {
+            "teacher": teacher_id,
+            "provider": cfg.provider,
+            "model": what,
+            "dollars a million tokens": price,
+            "limits": ", ".join(limits) or "none stated",
+            "terms": cfg.license,
+        }
 
     return pd.DataFrame([row(*item) for item in study.teachers.items()]).set_index("teacher")

@@ -15,17 +15,55 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import fault_of, last_good, seal
-from .config import StudentConfig, StudyConfig, TrainConfig
-from .errors import InputError, Interrupted, as_program
-from .merging import merge_adapter
-from .packing import Example, token_losses, training_order
-from .plots import teacher_color
-from .progress import Progress
-from .runs import RunFolder, begin_stage, fingerprint, finish_stage, locked, open_chapter, provenance, read_json, read_parquet, record_run, stage_marker, write_json
-from .sizes import PeakMemory, Plan, Sizes, add_lora, check_machine, minutes_for, parameter_counts, sizes_of
-from .students import completion_ids, device_of, load_student, load_tokenizer, prompt_ids, student_identity, student_of, student_source
-from .trainer import Diverged, LoraTrainer, Watch, heeding_signals, make_trainer, training_arguments
+from .core.config import StudentConfig, StudyConfig, TrainConfig
+from .core.errors import InputError, Interrupted, as_program
+from .core.plots import teacher_color
+from .core.progress import Progress
+from cot_distill.core.runs import (
+    RunFolder,
+    begin_stage,
+    fingerprint,
+    finish_stage,
+    locked,
+    open_chapter,
+    provenance,
+    read_json,
+    read_parquet,
+    record_run,
+    stage_marker,
+    write_json,
+)
+from .student.checkpoints import fault_of, last_good, seal
+from .student.merging import merge_adapter
+from cot_distill.student.model import (
+    completion_ids,
+    device_of,
+    load_student,
+    load_tokenizer,
+    prompt_ids,
+    student_identity,
+    student_of,
+    student_source,
+)
+from .student.packing import Example, token_losses, training_order
+from cot_distill.student.sizes import (
+    PeakMemory,
+    Plan,
+    Sizes,
+    add_lora,
+    check_machine,
+    minutes_for,
+    parameter_counts,
+    sizes_of,
+)
+from cot_distill.student.trainer import (
+    Diverged,
+    LoraTrainer,
+    Watch,
+    heeding_signals,
+    make_trainer,
+    training_arguments,
+)
 
 # %% ../nbs/02_train.ipynb #63e12e9c
 import torch
@@ -48,15 +86,27 @@ def read_examples(
     too_long: list[str] = []
     kept = rationales[rationales["kept"]]
     for row in kept.itertuples():
-        prompt, completion = prompt_ids(tokenizer, row.question, student), completion_ids(tokenizer, row.completion)
+        prompt, completion = (
+            prompt_ids(tokenizer, row.question, student),
+            completion_ids(tokenizer, row.completion),
+        )
         example = Example(f"{row.problem_id}#{row.sample_idx}", tuple(prompt), tuple(completion))
         if example.n_tokens > cfg.max_length:
             too_long.append(example.example_id)
         else:
             examples.append(example)
     used = _within_budget(examples, cfg)
-    counts = {"n_rows": len(rationales), "n_kept": len(kept), "n_too_long": len(too_long), "n_over_budget": len(examples) - len(used)}
-    totals = {"n_examples": len(used), "n_tokens": sum(e.n_tokens for e in used), "n_target_tokens": sum(len(e.completion) for e in used)}
+    counts = {
+        "n_rows": len(rationales),
+        "n_kept": len(kept),
+        "n_too_long": len(too_long),
+        "n_over_budget": len(examples) - len(used),
+    }
+    totals = {
+        "n_examples": len(used),
+        "n_tokens": sum(e.n_tokens for e in used),
+        "n_target_tokens": sum(len(e.completion) for e in used),
+    }
     return used, counts | totals | {"too_long": too_long[:20]}
 
 
@@ -145,7 +195,9 @@ def train_inputs(
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the adapter"
     recipe = study.train.model_dump(exclude={"checkpoint_every", "checkpoints_kept", "merge"})
-    student = study.student.model_dump(exclude={"device", "revision"}) | {"model": student_identity(student_of(study))}
+    student = study.student.model_dump(exclude={"device", "revision"}) | {
+        "model": student_identity(student_of(study))
+    }
     return {"data": data_fingerprint(examples), "train": recipe, "student": student, "seed": seed}
 
 # %% ../nbs/02_train.ipynb #ef5fa869
@@ -156,7 +208,14 @@ def data_fingerprint(
     return fingerprint([[e.example_id, e.prompt, e.completion] for e in examples])
 
 # %% ../nbs/02_train.ipynb #4f8ad8d1
-def _train(study: StudyConfig, variant: str, run: RunFolder, examples: list[Example], args: "TrainingArguments", sizes: Sizes) -> tuple["PeftModel", dict[str, Any]]:
+def _train(
+    study: StudyConfig,
+    variant: str,
+    run: RunFolder,
+    examples: list[Example],
+    args: "TrainingArguments",
+    sizes: Sizes,
+) -> tuple["PeftModel", dict[str, Any]]:
     "Train one student; returns it with the log of its steps"
     peak = PeakMemory(device_of(study.student))
     model, tokenizer = load_student(student_of(study))
@@ -164,16 +223,30 @@ def _train(study: StudyConfig, variant: str, run: RunFolder, examples: list[Exam
     model = add_lora(model, study.train, seed)
     _check_counts(model, sizes)
     trainer = make_trainer(model, examples, args, study.train, seed, tokenizer.pad_token_id)
-    known = [examples[i] for step in training_order(examples, study.train, study.seed) for i in step][: min(64, len(examples))]
-    facts = {"mean_nll": round(surprise(model, known, trainer.make_batch), 4), "mean_nll_examples": len(known)}
+    known = [
+        examples[i] for step in training_order(examples, study.train, study.seed) for i in step
+    ][: min(64, len(examples))]
+    facts = {
+        "mean_nll": round(surprise(model, known, trainer.make_batch), 4),
+        "mean_nll_examples": len(known),
+    }
     checkpoint, skipped = last_good(args.output_dir)
     for word in skipped:
         _say(args, word)
     done = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    with Progress(len(trainer.train_dataset) // study.train.gradient_accumulation, f"train {variant}", run.progress("train", variant), "step", done) as bar:
+    with Progress(
+        len(trainer.train_dataset) // study.train.gradient_accumulation,
+        f"train {variant}",
+        run.progress("train", variant),
+        "step",
+        done,
+    ) as bar:
         _fit(trainer, Watch(bar), checkpoint)
     model.get_base_model().set_attn_implementation("sdpa")
-    facts |= {"resumed_at_step": done or None, "examples_per_pass": trainer.per_pass or study.train.batch_size}
+    facts |= {
+        "resumed_at_step": done or None,
+        "examples_per_pass": trainer.per_pass or study.train.batch_size,
+    }
     return model, facts | _steps(trainer) | {"peak_memory_gb": round(peak.gb(), 2)}
 
 
@@ -181,7 +254,9 @@ def _check_counts(model: "PeftModel", sizes: Sizes) -> None:
     "Hold the loaded student against the count made without loading it"
     trainable, total = parameter_counts(model)
     if (trainable, total) != (sizes.n_lora, sizes.n_total):
-        raise RuntimeError(f"counted {trainable:,} of {total:,} parameters, expected {sizes.n_lora:,} of {sizes.n_total:,}")
+        raise RuntimeError(
+            f"counted {trainable:,} of {total:,} parameters, expected {sizes.n_lora:,} of {sizes.n_total:,}"
+        )
 
 # %% ../nbs/02_train.ipynb #7f1ee6c8
 def _fit(trainer: LoraTrainer, watch: Watch, checkpoint: Path | None) -> None:
@@ -196,7 +271,10 @@ def _fit(trainer: LoraTrainer, watch: Watch, checkpoint: Path | None) -> None:
             trainer._save_checkpoint(trainer.model, None)
         raise Diverged(f"{err} (step {step} is saved)") from None
     if watch.signal_number:
-        raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; run the same command to go on", watch.signal_number)
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; run the same command to go on",
+            watch.signal_number,
+        )
 
 
 def _steps(trainer: LoraTrainer) -> dict[str, Any]:
@@ -224,7 +302,9 @@ def run_train(
     table, tokenizer = read_parquet(run.rationales(teacher_id)), load_tokenizer(student)
     examples, counts = read_examples(table, tokenizer, student, cfg)
     if not examples:
-        raise InputError(f"teacher {teacher_id!r} left nothing to train on: {counts['n_kept']} of {counts['n_rows']} rationales kept, {counts['n_too_long']} of them longer than train.max_length = {cfg.max_length} tokens")
+        raise InputError(
+            f"teacher {teacher_id!r} left nothing to train on: {counts['n_kept']} of {counts['n_rows']} rationales kept, {counts['n_too_long']} of them longer than train.max_length = {cfg.max_length} tokens"
+        )
     args = training_arguments(student, cfg, seed, len(training_order(examples, cfg, seed)), folder)
     with _alone(folder, args):
         with args.main_process_first():
@@ -266,7 +346,9 @@ def _sizes(student: StudentConfig, cfg: TrainConfig) -> Sizes:
     "Sizes of the study's student"
     from transformers import AutoConfig
 
-    return sizes_of(AutoConfig.from_pretrained(student_source(student), revision=student.revision), cfg.lora_r)
+    return sizes_of(
+        AutoConfig.from_pretrained(student_source(student), revision=student.revision), cfg.lora_r
+    )
 
 
 def _announce(variant: str, counts: Mapping[str, Any], plan: Plan, student: StudentConfig) -> str:
@@ -280,7 +362,9 @@ def _announce(variant: str, counts: Mapping[str, Any], plan: Plan, student: Stud
     )
 
 # %% ../nbs/02_train.ipynb #851c1c7a
-def _log(study: StudyConfig, variant: str, examples: list[Example], counts: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _log(
+    study: StudyConfig, variant: str, examples: list[Example], counts: Mapping[str, Any], plan: Plan
+) -> dict[str, Any]:
     "The part of the log that is known before training"
     teacher_id, seed = study.variant(variant)
     return {
@@ -291,12 +375,25 @@ def _log(study: StudyConfig, variant: str, examples: list[Example], counts: Mapp
     }  # fmt: skip
 
 
-def _keep(study: StudyConfig, variant: str, run: RunFolder, model: "PeftModel", log: dict[str, Any]) -> None:
+def _keep(
+    study: StudyConfig, variant: str, run: RunFolder, model: "PeftModel", log: dict[str, Any]
+) -> None:
     "Write adapter, card and log, and say that the stage is finished"
     shutil.rmtree(run.student_dir(variant) / "merged", ignore_errors=True)  # of an earlier adapter
     write_adapter(model, run.adapter(variant), card_text(study, variant, log))
     write_json(run.training_log(variant), log | {"provenance": provenance()})
-    facts = {k: log[k] for k in ("n_examples", "n_tokens", "n_steps", "final_train_loss", "wall_s", "tokens_per_s", "peak_memory_gb")}
+    facts = {
+        k: log[k]
+        for k in (
+            "n_examples",
+            "n_tokens",
+            "n_steps",
+            "final_train_loss",
+            "wall_s",
+            "tokens_per_s",
+            "peak_memory_gb",
+        )
+    }
     finish_stage(run.student_dir(variant), "train", **facts)
     record_run(run, "train", variant, **facts)
 
@@ -316,9 +413,14 @@ def merge_student(
     run: RunFolder,
 ) -> dict[str, Any]:  # how far the merged student is from the trained one: see `merge_adapter`
     "Write `students/<variant>/merged`, a student that needs no adapter"
-    student, rationales = student_of(study), read_parquet(run.rationales(study.variant(variant).teacher))
+    student, rationales = (
+        student_of(study),
+        read_parquet(run.rationales(study.variant(variant).teacher)),
+    )
     examples, _ = read_examples(rationales, load_tokenizer(student), student, study.train)
-    return merge_adapter(student, run.adapter(variant), examples[:8], run.student_dir(variant) / "merged")
+    return merge_adapter(
+        student, run.adapter(variant), examples[:8], run.student_dir(variant) / "merged"
+    )
 
 # %% ../nbs/02_train.ipynb #a6102eae
 def main(
@@ -327,7 +429,10 @@ def main(
     "Train one student without a notebook; for `torchrun` and `accelerate launch`"
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) not in (2, 3):
-        print("usage: torchrun --nproc-per-node N -m cot_distill.train CONFIG TEACHER [RUN_DIR]", file=sys.stderr)
+        print(
+            "usage: torchrun --nproc-per-node N -m cot_distill.train CONFIG TEACHER [RUN_DIR]",
+            file=sys.stderr,
+        )
         return 2
     if os.environ.get("RANK", "0") != "0":
         os.environ["COT_DISTILL_PROGRESS"] = "off"  # the first process shows it for all
@@ -353,10 +458,28 @@ def plot_loss(
 
     ax = ax or plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
     color, window = teacher_color(variant), max(1, len(steps) // 10)
-    ax.plot(steps["step"], steps["loss"], color=color, alpha=0.35 if window > 1 else 1.0, marker="o", markersize=3, label="one step")
+    ax.plot(
+        steps["step"],
+        steps["loss"],
+        color=color,
+        alpha=0.35 if window > 1 else 1.0,
+        marker="o",
+        markersize=3,
+        label="one step",
+    )
     if window > 1:
-        ax.plot(steps["step"], steps["loss"].rolling(window, min_periods=1).mean(), color=color, label=f"mean of {window} steps")
-    ax.set(xlabel="optimiser step", ylabel="training loss, nats a token\nlower is better", ylim=(0, None), title=f"student of {variant}")
+        ax.plot(
+            steps["step"],
+            steps["loss"].rolling(window, min_periods=1).mean(),
+            color=color,
+            label=f"mean of {window} steps",
+        )
+    ax.set(
+        xlabel="optimiser step",
+        ylabel="training loss, nats a token\nlower is better",
+        ylim=(0, None),
+        title=f"student of {variant}",
+    )
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return ax

@@ -2,4 +2,6 @@
 
 import sys
 
-sys.exit("The site is made from a staged copy of the notebooks. Run `make site` (or `cot-distill site`): it stages them in _proc/ and renders that to _site/.")
+sys.exit(
+    "The site is made from a staged copy of the notebooks. Run `make site` (or `cot-distill site`): it stages them in _proc/ and renders that to _site/."
+)

@@ -11,7 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-for name in [n for n in os.environ if n.endswith(("_API_KEY", "_API_TOKEN")) or n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]:
+for name in [
+    n
+    for n in os.environ
+    if n.endswith(("_API_KEY", "_API_TOKEN")) or n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+]:
     del os.environ[name]
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

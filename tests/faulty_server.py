@@ -23,10 +23,32 @@ class Reply:
     content_type: str = "application/json"
 
 
-def completion(text: str | None = "3 * 4 = 12\n#### 12", finish: str | None = "stop", model: str = "test-model", usage: bool = True, **message) -> dict:
+def completion(
+    text: str | None = "3 * 4 = 12\n#### 12",
+    finish: str | None = "stop",
+    model: str = "test-model",
+    usage: bool = True,
+    **message,
+) -> dict:
     "A chat completion as a provider would send it"
-    data = {"id": "x", "object": "chat.completion", "created": 1, "model": model, "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}]}
-    return data | ({"usage": {"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": 30}} if usage else {})
+    data = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": finish,
+                "message": {"role": "assistant", "content": text, **message},
+            }
+        ],
+    }
+    return data | (
+        {"usage": {"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": 30}}
+        if usage
+        else {}
+    )
 
 
 def error(message: str, code: str | None = None, **more) -> dict:
@@ -44,7 +66,9 @@ class Request:
 class FaultyServer:
     "Runs in a thread: `with FaultyServer(script) as server: server.url, server.requests`"
 
-    def __init__(self, script: Callable[[Request, int], Reply] | None = None, models: list[str] | None = None):
+    def __init__(
+        self, script: Callable[[Request, int], Reply] | None = None, models: list[str] | None = None
+    ):
         self.script = script or (lambda request, n: Reply(body=completion()))
         self.models = ["test-model"] if models is None else models
         self.requests: list[Request] = []  # completions only
@@ -58,7 +82,9 @@ class FaultyServer:
 
         def body() -> None:
             asyncio.set_event_loop(self.loop)
-            self.server = self.loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024))
+            self.server = self.loop.run_until_complete(
+                asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
+            )
             self.port = self.server.sockets[0].getsockname()[1]
             started.set()
             self.loop.run_forever()
@@ -100,7 +126,10 @@ class FaultyServer:
             return None
         first, *lines = head.split("\r\n")
         method, path, _ = first.split(" ", 2)
-        headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines if line)}
+        headers = {
+            k.strip().lower(): v.strip()
+            for k, _, v in (line.partition(":") for line in lines if line)
+        }
         raw = await reader.readexactly(int(headers.get("content-length", 0)))
         try:
             body = json.loads(raw) if raw else {}
@@ -113,7 +142,15 @@ class FaultyServer:
         if (reply := self.extra(request)) is not None:
             return await self._send(reply, writer)
         if request.method == "GET":
-            return await self._send(Reply(body={"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]}), writer)
+            return await self._send(
+                Reply(
+                    body={
+                        "object": "list",
+                        "data": [{"id": m, "object": "model"} for m in self.models],
+                    }
+                ),
+                writer,
+            )
         self.requests.append(request)
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -129,10 +166,21 @@ class FaultyServer:
         if reply.how == "reset":
             writer.transport.abort()
             return False
-        body = reply.body if isinstance(reply.body, bytes) else (reply.body if isinstance(reply.body, str) else json.dumps(reply.body)).encode() if reply.body is not None else b""
+        body = (
+            reply.body
+            if isinstance(reply.body, bytes)
+            else (reply.body if isinstance(reply.body, str) else json.dumps(reply.body)).encode()
+            if reply.body is not None
+            else b""
+        )
         filler = b"\n" * 200 if reply.how == "blank_lines" else b""
         length = len(body) + len(filler) + (50 if reply.how == "short" else 0)
-        lines = [f"HTTP/1.1 {reply.status} X", f"Content-Type: {reply.content_type}", f"Content-Length: {length}", *(f"{k}: {v}" for k, v in reply.headers.items())]
+        lines = [
+            f"HTTP/1.1 {reply.status} X",
+            f"Content-Type: {reply.content_type}",
+            f"Content-Length: {length}",
+            *(f"{k}: {v}" for k, v in reply.headers.items()),
+        ]
         writer.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
         if reply.how == "stall":
             await writer.drain()

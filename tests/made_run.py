@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from cot_distill.core.problems import Problem, load_problems
+from cot_distill.core.stats import holm, paired_difference, wilson
 from cot_distill.grading import final_answer, grade_by, is_correct
-from cot_distill.problems import Problem, load_problems
-from cot_distill.stats import holm, paired_difference, wilson
 
 STUDY = """\
 name = "made"
@@ -70,7 +70,10 @@ def student_text(variant: str, problem: Problem, rng: random.Random) -> tuple[st
     if variant == "base":
         if kind < 0.1:
             return f"The answer is {problem.reference_answer}.", False
-        return "Let's think about this. " + f"There are {first.split()[0]} of them. " * 12, kind < 0.8
+        return (
+            "Let's think about this. " + f"There are {first.split()[0]} of them. " * 12,
+            kind < 0.8,
+        )
     if variant == "human":
         if kind < 0.3:
             second = slipped(second, rng)
@@ -139,7 +142,10 @@ def training_log(n_examples: int, mean_nll: float) -> dict:
         "n_examples": n_examples,
         "n_tokens": n_examples * 40,
         "n_steps": steps,
-        "steps": [{"step": i + 1, "loss": 0.2 + 1.6 / (i + 1), "learning_rate": 2e-4} for i in range(steps)],
+        "steps": [
+            {"step": i + 1, "loss": 0.2 + 1.6 / (i + 1), "learning_rate": 2e-4}
+            for i in range(steps)
+        ],
         "mean_nll": mean_nll,
         "final_train_loss": 0.25,
         "train_wall_s": 61.0,
@@ -151,7 +157,12 @@ def training_log(n_examples: int, mean_nll: float) -> dict:
 def result_row(variant: str, frame: pd.DataFrame, base: pd.DataFrame, cost: float | None) -> dict:
     "One variant of results.json"
     right = frame["is_correct"]
-    rules = {rule: pd.Series([grade_by(rule, row.completion, row.reference_answer) for row in frame.itertuples()]) for rule in ("last_number", "lm_eval_strict")}
+    rules = {
+        rule: pd.Series(
+            [grade_by(rule, row.completion, row.reference_answer) for row in frame.itertuples()]
+        )
+        for rule in ("last_number", "lm_eval_strict")
+    }
     row = {
         "variant": variant,
         "teacher": None if variant == "base" else variant,
@@ -170,11 +181,18 @@ def result_row(variant: str, frame: pd.DataFrame, base: pd.DataFrame, cost: floa
     }
     if variant != "base":
         gain = paired_difference(right, base["is_correct"])
-        row["vs_base"] = {"delta": gain.delta, "ci95": list(gain.ci95), "p_mcnemar": gain.p_mcnemar, "p_holm": gain.p_mcnemar}
+        row["vs_base"] = {
+            "delta": gain.delta,
+            "ci95": list(gain.ci95),
+            "p_mcnemar": gain.p_mcnemar,
+            "p_holm": gain.p_mcnemar,
+        }
     return row
 
 
-def results_of(study: str, problem_set: str, frames: dict[str, pd.DataFrame], costs: dict[str, float]) -> dict:
+def results_of(
+    study: str, problem_set: str, frames: dict[str, pd.DataFrame], costs: dict[str, float]
+) -> dict:
     "results.json of one problem set"
     rows = [result_row(v, frame, frames["base"], costs.get(v)) for v, frame in frames.items()]
     corrected = holm({r["variant"]: r["vs_base"]["p_mcnemar"] for r in rows if r["vs_base"]})
@@ -188,7 +206,10 @@ def make_run(folder: Path, n_train: int = 48, n_eval: int = 64, seed: int = 0) -
     "Write a whole run folder, all files but the adapters and ledgers; returns it"
     rng = random.Random(seed)
     train = load_problems("two-step", "train", n_train)
-    sets = {"two-step": load_problems("two-step", "test", n_eval), "other": load_problems("two-step", "test", 24, 200)}
+    sets = {
+        "two-step": load_problems("two-step", "test", n_eval),
+        "other": load_problems("two-step", "test", 24, 200),
+    }
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(STUDY.format(n_train=n_train, n_eval=n_eval))
     costs, evals = {}, {name: {} for name in sets}
@@ -209,6 +230,12 @@ def make_run(folder: Path, n_train: int = 48, n_eval: int = 64, seed: int = 0) -
     results = results_of("made", "two-step", evals["two-step"], costs)
     results["other_problem_sets"] = [results_of("made", "other", evals["other"], costs)]
     (folder / "results.json").write_text(json.dumps(results, indent=1))
-    run = {"study": "made", "seed": 0, "commit": "0" * 40, "versions": {"python": "3.11"}, "stages": {}}
+    run = {
+        "study": "made",
+        "seed": 0,
+        "commit": "0" * 40,
+        "versions": {"python": "3.11"},
+        "stages": {},
+    }
     (folder / "run.json").write_text(json.dumps(run, indent=1))
     return folder

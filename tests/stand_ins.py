@@ -9,9 +9,9 @@ PARAMETERS = "config = ''\nteacher = 'recorded'\nlimit = 4\nrun_dir = ''\n"
 COMMON = """
 import hashlib, json, os, time
 from pathlib import Path
-from cot_distill.errors import InputError, Interrupted, ResumeLater
-from cot_distill.progress import Progress
-from cot_distill.runs import RunFolder, write_json
+from cot_distill.core.errors import InputError, Interrupted, ResumeLater
+from cot_distill.core.progress import Progress
+from cot_distill.core.runs import RunFolder, write_json
 run, variant = RunFolder(run_dir), None if STAGE in ('teachers', 'analyze') else teacher
 orders = json.loads(Path('../orders.json').read_text()).get(f'{STAGE} {variant}', {})
 with open('../seen.txt', 'a') as seen:
@@ -50,7 +50,7 @@ put(run.training_log(teacher), '{}')
 """,
     "03_eval": STEPS
     + """
-from cot_distill.config import load_study
+from cot_distill.core.config import load_study
 study = load_study(config)
 source = run.adapter(teacher) / 'weights'
 grade = int(hashlib.sha256(source.read_bytes() if source.exists() else b'base').hexdigest(), 16) % 100
@@ -65,27 +65,43 @@ write_json(run.results_json, {'study': study.name, 'problem_set': 'test', 'n': 1
     "04_analysis": "len(json.loads(run.results_json.read_text())['variants'])",
 }
 # chapters that run once declare less, as the real ones do
-ONCE = {"00_teachers": ("config = ''\n", "import os\nrun_dir = os.path.dirname(config)\n"), "04_analysis": ("run_dir = ''\n", "")}
+ONCE = {
+    "00_teachers": ("config = ''\n", "import os\nrun_dir = os.path.dirname(config)\n"),
+    "04_analysis": ("run_dir = ''\n", ""),
+}
 STAGES = dict(zip(WORK, ("teachers", "generate", "train", "eval", "analyze"), strict=True))
 
 
-def write_notebook(path: Path, *sources: str, tags: tuple[str, ...] = ("parameters",), kernel: str = "python3") -> None:
+def write_notebook(
+    path: Path, *sources: str, tags: tuple[str, ...] = ("parameters",), kernel: str = "python3"
+) -> None:
     "A notebook whose first cell has the tags"
-    cells = [nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if i == 0 else {}) for i, source in enumerate(sources)]
+    cells = [
+        nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)} if i == 0 else {})
+        for i, source in enumerate(sources)
+    ]
     metadata = {"kernelspec": {"name": kernel, "language": "python", "display_name": kernel}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
 
 
-def make_project(folder: Path, *teachers: str, device: str = "cpu", provider: str = "human") -> Path:
+def make_project(
+    folder: Path, *teachers: str, device: str = "cpu", provider: str = "human"
+) -> Path:
     "A project with stand-in notebooks and one study; the study's file"
     nbs = folder / "nbs"
     nbs.mkdir(parents=True)
     (folder / "settings.ini").write_text("", encoding="utf-8")
     for name, work in WORK.items():
         declared, given = ONCE.get(name, (PARAMETERS, ""))
-        write_notebook(nbs / f"{name}.ipynb", declared, f"STAGE = {STAGES[name]!r}\n{given}" + COMMON + work)
+        write_notebook(
+            nbs / f"{name}.ipynb", declared, f"STAGE = {STAGES[name]!r}\n{given}" + COMMON + work
+        )
     orders(folder)
-    tables = "".join(f"[teachers.{t}]\nprovider = '{provider}'\nmodel = 'm'\n" + ("base_url = 'http://127.0.0.1:9/v1'\n" if provider == "openai" else "") for t in teachers)
+    tables = "".join(
+        f"[teachers.{t}]\nprovider = '{provider}'\nmodel = 'm'\n"
+        + ("base_url = 'http://127.0.0.1:9/v1'\n" if provider == "openai" else "")
+        for t in teachers
+    )
     study = folder / "study.toml"
     study.write_text(
         f"name = 'small'\n[problems]\nsource = 'two-step'\nlimit = 4\n[[eval_sets]]\nname = 'test'\nsource = 'two-step'\nlimit = 2\n"
@@ -104,9 +120,16 @@ def orders(folder: Path, **by_job: dict) -> None:
 def seen(folder: Path) -> list[dict]:
     "What kernels have started, in order"
     path = folder / "seen.txt"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def names(folder: Path, since: int = 0) -> list[str]:
     "Names of the jobs that kernels have started"
-    return [f"{one['stage']} {one['variant']}" if one["variant"] else one["stage"] for one in seen(folder)[since:]]
+    return [
+        f"{one['stage']} {one['variant']}" if one["variant"] else one["stage"]
+        for one in seen(folder)[since:]
+    ]

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from made_run import make_run
 from matplotlib.figure import Figure
 
-from cot_distill import analysis, figures
-from cot_distill.errors import InputError
-from cot_distill.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
-from cot_distill.outcomes import lost_table, outcome_shares, solved_table, with_outcomes
-from cot_distill.plots import teacher_color
-from cot_distill.problems import load_problems
-from cot_distill.stats import holm, paired_difference
-from cot_distill.texts import MISTAKES, equations, mistake, text_features, value_of
-from cot_distill.words import drawn, percent
+from cot_distill import analysis
+from cot_distill.core.errors import InputError
+from cot_distill.core.plots import teacher_color
+from cot_distill.core.problems import load_problems
+from cot_distill.core.stats import holm, paired_difference
+from cot_distill.reading import figures
+from cot_distill.reading.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
+from cot_distill.reading.outcomes import lost_table, outcome_shares, solved_table, with_outcomes
+from cot_distill.reading.texts import MISTAKES, equations, mistake, text_features, value_of
+from cot_distill.reading.words import drawn, percent
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,9 @@ def test_the_published_study_gets_the_intervals_it_lacked(published: Runs) -> No
     assert p["deepseek"] == pytest.approx(0.054, abs=1e-3)
     assert p["gemini"] == pytest.approx(0.47, abs=5e-3)
     trained = rows.drop("base").astype({"delta": float, "delta_low": float, "delta_high": float})
-    assert (trained["delta_low"] < trained["delta"]).all() and (trained["delta"] < trained["delta_high"]).all()
+    assert (trained["delta_low"] < trained["delta"]).all() and (
+        trained["delta"] < trained["delta_high"]
+    ).all()
     table = analysis.results_table(published.results)
     assert table.loc["gpt-4o-mini", "accuracy"] == "67.2 % [64.6, 69.7]"
     assert table.loc["base", "difference to base, points"] == ""
@@ -89,7 +92,9 @@ def test_what_results_json_says_is_what_the_answers_say(made: Runs) -> None:
         base = made.evals.query("problem_set == @name and variant == 'base'")
         if variant != "base":
             gain = paired_difference(answers["is_correct"].tolist(), base["is_correct"].tolist())
-            assert row["delta"] == pytest.approx(gain.delta) and row["p"] == pytest.approx(gain.p_mcnemar)
+            assert row["delta"] == pytest.approx(gain.delta) and row["p"] == pytest.approx(
+                gain.p_mcnemar
+            )
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -128,7 +133,13 @@ def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
         assert not re.search(r"\bnan\b|None", " ".join(sentences)), (number, sentences)
     assert list(beside["surprise"]) == [1.9, 1.2]
     assert analysis.rule_table(main).shape == (2, 3)
-    assert set(analysis.style_table(answers, texts).index) == {"untrained student", "human, teacher", "human, student", "recorded, teacher", "recorded, student"}
+    assert set(analysis.style_table(answers, texts).index) == {
+        "untrained student",
+        "human, teacher",
+        "human, student",
+        "recorded, teacher",
+        "recorded, student",
+    }
 
 
 def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
@@ -144,7 +155,14 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
     for name, (plot, data) in drawings.items():
         ax = plot(data, ax=Figure().subplots())
         assert ax.get_xlabel() or ax.get_title(), name
-        drawn = {t.get_text() for t in [*ax.texts, *ax.get_yticklabels(), *(ax.get_legend().get_texts() if ax.get_legend() else [])]}
+        drawn = {
+            t.get_text()
+            for t in [
+                *ax.texts,
+                *ax.get_yticklabels(),
+                *(ax.get_legend().get_texts() if ax.get_legend() else []),
+            ]
+        }
         assert any("human" in text for text in drawn), (name, drawn)
         assert all("nan" not in text for text in drawn), (name, drawn)
 
@@ -174,7 +192,10 @@ def test_what_was_lost_and_won_is_the_whole_change(made: Runs) -> None:
     answers = with_outcomes(analysis.first_set(made.evals, made.results))
     table, main = lost_table(answers), analysis.headline(made.results).set_index("variant")
     for variant, row in table.iterrows():
-        assert row["won"] - row["lost"] == main.loc[variant, "n_correct"] - main.loc["base", "n_correct"]
+        assert (
+            row["won"] - row["lost"]
+            == main.loc[variant, "n_correct"] - main.loc["base", "n_correct"]
+        )
         assert row["lost"] == sum(row[name] for name in MISTAKES if name in table)
 
 
@@ -188,7 +209,12 @@ def test_form_and_content_add_up_to_the_change(made: Runs) -> None:
 def test_a_ranking_is_corrected_for_the_number_of_pairs() -> None:
     rng = random.Random(1)
     ids = [f"p{i}" for i in range(200)]
-    frames = [pd.DataFrame({"variant": v, "problem_id": ids, "is_correct": [rng.random() < share for _ in ids]}) for v, share in (("base", 0.3), ("a", 0.5), ("b", 0.55), ("c", 0.8))]
+    frames = [
+        pd.DataFrame(
+            {"variant": v, "problem_id": ids, "is_correct": [rng.random() < share for _ in ids]}
+        )
+        for v, share in (("base", 0.3), ("a", 0.5), ("b", 0.55), ("c", 0.8))
+    ]
     pairs = analysis.pairwise(pd.concat(frames))
     assert [(r.first, r.second) for r in pairs.itertuples()] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert (pairs["p_holm"] >= pairs["p"] - 1e-15).all() and pairs["p_holm"].max() <= 1
@@ -196,7 +222,9 @@ def test_a_ranking_is_corrected_for_the_number_of_pairs() -> None:
 
 
 def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
-    runs = load_runs([make_run(tmp_path / "small", 12, 40), make_run(tmp_path / "full", 60, 40, seed=1)])
+    runs = load_runs(
+        [make_run(tmp_path / "small", 12, 40), make_run(tmp_path / "full", 60, 40, seed=1)]
+    )
     table = analysis.sizes(analysis.over_runs(runs))
     assert sorted(table["variant"].unique()) == ["human", "recorded"] and len(table) == 4
     assert len(analysis.size_sentences(table)) == 2
@@ -207,31 +235,66 @@ def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
 
 
 def test_runs_are_told_apart_by_what_their_settings_say(tmp_path: Path) -> None:
-    small, full, other = (make_run(tmp_path / name, n, 40, seed) for name, n, seed in (("small", 12, 0), ("full", 60, 1), ("other", 60, 2)))
+    small, full, other = (
+        make_run(tmp_path / name, n, 40, seed)
+        for name, n, seed in (("small", 12, 0), ("full", 60, 1), ("other", 60, 2))
+    )
     config = (other / "config.toml").read_text()
     (other / "config.toml").write_text(config + "\n[train]\nlearning_rate = 1e-5\n")
     runs = load_runs([small, full, other])
-    assert runs.info.set_index("run")["recipe"].to_dict() == {"small": "", "full": "", "other": "learning rate 1e-05"}  # what most share goes without saying
-    assert runs.info.set_index("run")["size"].to_dict() == {"small": "12 problems", "full": "60 problems", "other": "60 problems"}
+    assert runs.info.set_index("run")["recipe"].to_dict() == {
+        "small": "",
+        "full": "",
+        "other": "learning rate 1e-05",
+    }  # what most share goes without saying
+    assert runs.info.set_index("run")["size"].to_dict() == {
+        "small": "12 problems",
+        "full": "60 problems",
+        "other": "60 problems",
+    }
     every = analysis.over_runs(runs)
     assert len(every) == 6 and (every["p_holm"] >= every["p"].astype(float)).all()
-    assert every["p_holm"].tolist() == list(holm(dict(enumerate(every["p"].astype(float)))).values())
+    assert every["p_holm"].tolist() == list(
+        holm(dict(enumerate(every["p"].astype(float)))).values()
+    )
     table = analysis.runs_table(every)
-    assert set(table["recipe"]) == {"", "learning rate 1e-05"} and list(table.index.unique()) == ["small", "full", "other"]
-    assert set(analysis.sizes(every)["run"]) == {"small", "full"}  # the other recipe has one size only
+    assert set(table["recipe"]) == {"", "learning rate 1e-05"} and list(table.index.unique()) == [
+        "small",
+        "full",
+        "other",
+    ]
+    assert set(analysis.sizes(every)["run"]) == {
+        "small",
+        "full",
+    }  # the other recipe has one size only
     ax = figures.plot_differences(every, "setting", ax=Figure().subplots())
     assert ax.get_yticklabels()[2].get_text() == "other\nlearning rate 1e-05\n60 problems\n(n = 40)"
     assert "6 differences in 3 runs" in analysis.run_sentences(every)[0]
     two = load_runs([full, other]).info.set_index("run")
-    assert two["recipe"].to_dict() == {"full": "learning rate default", "other": "learning rate 1e-05"} and set(two["size"]) == {""}
+    assert two["recipe"].to_dict() == {
+        "full": "learning rate default",
+        "other": "learning rate 1e-05",
+    } and set(two["size"]) == {""}
     first = runs.first()
-    assert set(first.results["run"]) == set(first.evals["run"]) == set(first.training["run"]) == {"small"}
-    assert len(analysis.teacher_table(analysis.with_features(first.rationales), first.training)) == 2
-    assert set(load_runs([PUBLISHED, small]).first().results["run"]) == {"original-study"}  # though it has no settings of its own
+    assert (
+        set(first.results["run"])
+        == set(first.evals["run"])
+        == set(first.training["run"])
+        == {"small"}
+    )
+    assert (
+        len(analysis.teacher_table(analysis.with_features(first.rationales), first.training)) == 2
+    )
+    assert set(load_runs([PUBLISHED, small]).first().results["run"]) == {
+        "original-study"
+    }  # though it has no settings of its own
 
 
 def test_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
-    runs = load_runs([make_run(tmp_path / place / "demo", 8, 8) for place in ("a", "b")] + [tmp_path / "a" / "demo"])
+    runs = load_runs(
+        [make_run(tmp_path / place / "demo", 8, 8) for place in ("a", "b")]
+        + [tmp_path / "a" / "demo"]
+    )
     assert list(runs.info["run"]) == ["a/demo", "b/demo"]
 
 
@@ -243,7 +306,12 @@ def test_the_spread_over_seeds_stands_in_table_and_forest(made: Runs) -> None:
     assert analysis.results_table(main).loc["base", "over seeds"] == ""
     base = main.set_index("variant").loc["base", "accuracy"]
     ends = [line.get_xdata() for line in figures.plot_forest(main, ax=Figure().subplots()).lines]
-    assert any(len(x) == 2 and abs(x[0] - 100 * (0.45 - base)) < 1e-9 and abs(x[1] - 100 * (0.55 - base)) < 1e-9 for x in ends)
+    assert any(
+        len(x) == 2
+        and abs(x[0] - 100 * (0.45 - base)) < 1e-9
+        and abs(x[1] - 100 * (0.55 - base)) < 1e-9
+        for x in ends
+    )
 
 
 def test_a_run_without_its_texts_is_counted_and_not_read(tmp_path: Path) -> None:
@@ -258,26 +326,53 @@ def test_a_run_without_its_texts_is_counted_and_not_read(tmp_path: Path) -> None
 
 
 def test_students_that_solve_nothing() -> None:
-    rows = [{"problem_id": f"p{i}", "variant": v, "question": "1 + 1?", "reference_answer": "2", "completion": "#### 3", "final_answer": "3", "truncated": False, "is_correct": False} for v in ("base", "human") for i in range(3)]
+    rows = [
+        {
+            "problem_id": f"p{i}",
+            "variant": v,
+            "question": "1 + 1?",
+            "reference_answer": "2",
+            "completion": "#### 3",
+            "final_answer": "3",
+            "truncated": False,
+            "is_correct": False,
+        }
+        for v in ("base", "human")
+        for i in range(3)
+    ]
     shares = outcome_shares(with_outcomes(pd.DataFrame(rows)))
     assert shares["right"].tolist() == [0, 0] and shares.sum(axis=1).tolist() == [100, 100]
-    assert "+0.0 points of accuracy" in analysis.collapse_sentences(shares)[0] and analysis.mistake_sentences(shares)
+    assert "+0.0 points of accuracy" in analysis.collapse_sentences(shares)[
+        0
+    ] and analysis.mistake_sentences(shares)
     assert figures.plot_outcomes(shares) is not None
 
 
 def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
     for runs in (empty, published):
         main = analysis.headline(runs.results)
-        answers = with_outcomes(analysis.with_features(analysis.first_set(runs.evals, runs.results)))
+        answers = with_outcomes(
+            analysis.with_features(analysis.first_set(runs.evals, runs.results))
+        )
         texts = analysis.with_features(runs.rationales)
         shares = outcome_shares(answers)
         assert analysis.ranking_sentences(analysis.pairwise(answers)) == []
-        assert analysis.teacher_sentences(texts) == [] and analysis.teacher_table(texts, runs.training).empty
-        assert analysis.collapse_sentences(shares) == [] and analysis.mistake_sentences(shares) == []
+        assert (
+            analysis.teacher_sentences(texts) == []
+            and analysis.teacher_table(texts, runs.training).empty
+        )
+        assert (
+            analysis.collapse_sentences(shares) == [] and analysis.mistake_sentences(shares) == []
+        )
         assert analysis.gains_beside_texts(main, texts, runs.training).empty
         assert analysis.rule_table(main).empty
         every = analysis.over_runs(runs)
-        assert every.empty and analysis.sizes(every).empty and analysis.run_sentences(every) == [] and analysis.other_sets(runs.results).empty
+        assert (
+            every.empty
+            and analysis.sizes(every).empty
+            and analysis.run_sentences(every) == []
+            and analysis.other_sets(runs.results).empty
+        )
         assert solved_table(answers).empty and analysis.style_table(answers, texts).empty
         assert "Not run: no answers" in drawn(figures.plot_outcomes, shares, "no answers").data
     assert analysis.gain_sentences(analysis.headline(empty.results)) == []
@@ -286,7 +381,9 @@ def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> No
 def test_one_colour_a_teacher() -> None:
     known = ["base", "human", "gpt-4o-mini", "deepseek", "gemini", "recorded"]
     assert len({teacher_color(variant) for variant in known}) == len(known)
-    teachers = tomllib.loads((ROOT / "configs" / "reference.toml").read_text(encoding="utf-8"))["study"]["teachers"]
+    teachers = tomllib.loads((ROOT / "configs" / "reference.toml").read_text(encoding="utf-8"))[
+        "study"
+    ]["teachers"]
     assert len({teacher_color(teacher) for teacher in ("base", *teachers)}) == 1 + len(teachers)
 
 
@@ -329,7 +426,20 @@ def test_programme_made_solutions_hold_no_false_equation() -> None:
         assert len(found) == 2 and all(equation.is_true for equation in found), problem
 
 
-@pytest.mark.parametrize("text", ["1 + " * 5000, "(" * 20_000, "9" * 20_000, "1 a " * 5000 + "=", "1+1=2 " * 4000, "\\frac{" * 4000, "<" * 20_000, "9**9**9 = 1", "=" * 9000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 + " * 5000,
+        "(" * 20_000,
+        "9" * 20_000,
+        "1 a " * 5000 + "=",
+        "1+1=2 " * 4000,
+        "\\frac{" * 4000,
+        "<" * 20_000,
+        "9**9**9 = 1",
+        "=" * 9000,
+    ],
+)
 def test_hostile_texts_cost_no_time(text: str) -> None:
     started = time.process_time()
     equations(text)
@@ -346,7 +456,19 @@ def test_no_text_breaks_the_reading(text: str) -> None:
     assert mistake("How many are 2 and 3?", "5", text, "4") in MISTAKES
 
 
-@pytest.mark.parametrize("expression", ["__import__('os').system('x')", "9**9**9", "1/0", "[1]*9", "a+1", "lambda: 1", "1 if 1 else 2", "'a'*9"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').system('x')",
+        "9**9**9",
+        "1/0",
+        "[1]*9",
+        "a+1",
+        "lambda: 1",
+        "1 if 1 else 2",
+        "'a'*9",
+    ],
+)
 def test_nothing_but_arithmetic_is_computed(expression: str) -> None:
     assert value_of(expression) is None
 
@@ -356,5 +478,10 @@ def test_the_chapter_says_nothing_that_was_typed() -> None:
     cells = json.loads((ROOT / "nbs" / "04_analysis.ipynb").read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         if cell["cell_type"] == "markdown":
-            prose = re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`|^#+ .*$|question \d|chapter \d|95 %|5 %", "", "".join(cell["source"]), flags=re.MULTILINE)
+            prose = re.sub(
+                r"\[[^\]]*\]\([^)]*\)|`[^`]*`|^#+ .*$|question \d|chapter \d|95 %|5 %",
+                "",
+                "".join(cell["source"]),
+                flags=re.MULTILINE,
+            )
             assert not re.search(r"\d+(\.\d+)?\s*(%|points|problems)", prose), prose

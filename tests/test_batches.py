@@ -12,10 +12,10 @@ import pytest
 from faulty_server import FaultyServer, Reply, Request, completion
 from test_generate import RUN, make_study
 
-from cot_distill.errors import InputError, ResumeLater
+from cot_distill.asking.ledger import BatchLedger
+from cot_distill.core.errors import InputError, ResumeLater
+from cot_distill.core.runs import RunFolder
 from cot_distill.generate import run_generate
-from cot_distill.ledger import BatchLedger
-from cot_distill.runs import RunFolder
 
 
 class BatchServer(FaultyServer):
@@ -34,10 +34,24 @@ class BatchServer(FaultyServer):
         parts = request.path.split("?")[0].removeprefix("/v1/").split("/")
         if parts[0] == "files" and request.method == "POST":
             raw = request.body["raw"]
-            lines = [line for line in raw.replace("\r\n", "\n").split("\n") if line.startswith('{"custom_id"')]
+            lines = [
+                line
+                for line in raw.replace("\r\n", "\n").split("\n")
+                if line.startswith('{"custom_id"')
+            ]
             file_id = f"file-{len(self.files)}"
             self.files[file_id] = "\n".join(lines)
-            return Reply(body={"id": file_id, "object": "file", "bytes": len(raw), "created_at": 1, "filename": "batch.jsonl", "purpose": "batch", "status": "processed"})
+            return Reply(
+                body={
+                    "id": file_id,
+                    "object": "file",
+                    "bytes": len(raw),
+                    "created_at": 1,
+                    "filename": "batch.jsonl",
+                    "purpose": "batch",
+                    "status": "processed",
+                }
+            )
         if parts[0] == "files":
             return Reply(body=self.files[parts[1]], content_type="application/octet-stream")
         if parts[0] == "batches" and request.method == "POST":
@@ -45,15 +59,34 @@ class BatchServer(FaultyServer):
             self.batches[batch_id] = self.batch(batch_id, request.body) | {"seen": 0}
             return Reply(body=self.shown(batch_id), delay_s=self.create_delay_s)
         if parts[0] == "batches" and len(parts) == 1:
-            return Reply(body={"object": "list", "data": [self.shown(b) for b in reversed(self.batches)], "has_more": False})
+            return Reply(
+                body={
+                    "object": "list",
+                    "data": [self.shown(b) for b in reversed(self.batches)],
+                    "has_more": False,
+                }
+            )
         if parts[0] == "batches":
             self.look(self.batches[parts[1]])
             return Reply(body=self.shown(parts[1]))
         return None
 
     def batch(self, batch_id: str, body: dict) -> dict:
-        facts = {"id": batch_id, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"], "completion_window": "24h", "created_at": 1}
-        return facts | {"status": "validating", "metadata": body.get("metadata"), "output_file_id": None, "error_file_id": None, "errors": None}
+        facts = {
+            "id": batch_id,
+            "object": "batch",
+            "endpoint": body["endpoint"],
+            "input_file_id": body["input_file_id"],
+            "completion_window": "24h",
+            "created_at": 1,
+        }
+        return facts | {
+            "status": "validating",
+            "metadata": body.get("metadata"),
+            "output_file_id": None,
+            "error_file_id": None,
+            "errors": None,
+        }
 
     def shown(self, batch_id: str) -> dict:
         return {k: v for k, v in self.batches[batch_id].items() if k != "seen"}
@@ -65,13 +98,34 @@ class BatchServer(FaultyServer):
             return
         batch["status"] = self.end
         if self.end == "failed":
-            batch["errors"] = {"object": "list", "data": [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}]}
+            batch["errors"] = {
+                "object": "list",
+                "data": [
+                    {"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}
+                ],
+            }
             return
         lines = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
         self.end = "completed" if self.end == "expired" else self.end
         n = round(self.answered * len(lines))
-        out = [{"id": "r", "custom_id": line["custom_id"], "response": self.reply_to(line), "error": None} for line in reversed(lines[:n])]
-        late = [{"id": "r", "custom_id": line["custom_id"], "response": None, "error": {"code": "batch_expired", "message": "window ended"}} for line in lines[n:]]
+        out = [
+            {
+                "id": "r",
+                "custom_id": line["custom_id"],
+                "response": self.reply_to(line),
+                "error": None,
+            }
+            for line in reversed(lines[:n])
+        ]
+        late = [
+            {
+                "id": "r",
+                "custom_id": line["custom_id"],
+                "response": None,
+                "error": {"code": "batch_expired", "message": "window ended"},
+            }
+            for line in lines[n:]
+        ]
         self.answered = 1.0
         for name, rows in (("output_file_id", out), ("error_file_id", late)):
             if rows:
@@ -81,7 +135,7 @@ class BatchServer(FaultyServer):
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch):
-    monkeypatch.setattr("cot_distill.asking.POLL_S", 0.02)
+    monkeypatch.setattr("cot_distill.asking.loop.POLL_S", 0.02)
 
 
 def study_of(server: FaultyServer, n: int = 10, **teacher):
@@ -103,7 +157,11 @@ def test_split_to_the_queue(tmp_path):
     with BatchServer(looks=2) as server:
         summary = run_generate(study_of(server, batch_queue_tokens=200), "t", RunFolder(tmp_path))
         assert summary.n_kept == 10 and len(server.batches) >= 3
-        sizes = [len(text.splitlines()) for name, text in server.files.items() if name.startswith("file-")]
+        sizes = [
+            len(text.splitlines())
+            for name, text in server.files.items()
+            if name.startswith("file-")
+        ]
         assert sum(sizes) == 10
 
 
@@ -153,19 +211,27 @@ def test_cap_in_dollars(tmp_path):
     "Nothing beyond the cap is submitted; what was submitted is collected"
     run = RunFolder(tmp_path)
     with BatchServer() as server:
-        study = make_study(server.url, n=10, teacher={"batch": True, "batch_queue_tokens": 200}, max_usd=0.00022)
+        study = make_study(
+            server.url, n=10, teacher={"batch": True, "batch_queue_tokens": 200}, max_usd=0.00022
+        )
         for _ in range(3):
             with pytest.raises(ResumeLater, match="max_usd"):
                 run_generate(study, "t", run)
-        n_submitted = sum(len(t.splitlines()) for name, t in server.files.items() if name.startswith("file-"))
+        n_submitted = sum(
+            len(t.splitlines()) for name, t in server.files.items() if name.startswith("file-")
+        )
         assert 0 < n_submitted < 10
     with BatchLedger(run.ledger("t")) as ledger:
-        rows = ledger._connection.execute("SELECT SUM(is_final), SUM(cost_usd) FROM attempts").fetchone()
+        rows = ledger._connection.execute(
+            "SELECT SUM(is_final), SUM(cost_usd) FROM attempts"
+        ).fetchone()
     assert rows[0] == n_submitted and rows[1] <= 0.00022
 
 
 def test_only_where_there_is_one(tmp_path):
-    study = make_study("http://127.0.0.1:9/v1", teacher={"provider": "human", "model": "", "batch": True})
+    study = make_study(
+        "http://127.0.0.1:9/v1", teacher={"provider": "human", "model": "", "batch": True}
+    )
     with pytest.raises(InputError, match="Batch API"):
         run_generate(study, "t", RunFolder(tmp_path))
 
@@ -176,10 +242,21 @@ def test_killed_and_found_again(tmp_path, moment):
     run = RunFolder(tmp_path / "run")
     with BatchServer(looks=10**9) as server:
         server.create_delay_s = 30.0 if moment == "while submitting" else 0.0
-        code = RUN.format(tests=str(Path(__file__).parent), url=server.url, n=10, run=str(run.path), teacher={"batch": True}).replace('deadline_s=20', 'deadline_s=1.0')
-        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"COT_DISTILL_PROGRESS": "off"})
+        code = RUN.format(
+            tests=str(Path(__file__).parent),
+            url=server.url,
+            n=10,
+            run=str(run.path),
+            teacher={"batch": True},
+        ).replace("deadline_s=20", "deadline_s=1.0")
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | {"COT_DISTILL_PROGRESS": "off"}
+        )
         end = time.monotonic() + 120
-        while not (server.batches and (moment == "while submitting" or server.batches["batch_0"]["seen"] >= 1)):
+        while not (
+            server.batches
+            and (moment == "while submitting" or server.batches["batch_0"]["seen"] >= 1)
+        ):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.02)
         process.kill()
@@ -189,11 +266,22 @@ def test_killed_and_found_again(tmp_path, moment):
         assert summary.n_kept == 10 and len(server.batches) == 1
 
 
-@pytest.mark.parametrize(("reply", "kind"), [(Reply(401, {"error": {"message": "Incorrect API key provided"}}), InputError), (Reply(503, ""), ResumeLater), (Reply(how="reset"), ResumeLater)])
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (Reply(401, {"error": {"message": "Incorrect API key provided"}}), InputError),
+        (Reply(503, ""), ResumeLater),
+        (Reply(how="reset"), ResumeLater),
+    ],
+)
 def test_the_interface_itself_fails(tmp_path, reply, kind):
     with BatchServer() as server:
         route = server.route
-        server.extra = lambda request: reply if request.method == "POST" and request.path.endswith("/batches") else route(request)
+        server.extra = lambda request: (
+            reply
+            if request.method == "POST" and request.path.endswith("/batches")
+            else route(request)
+        )
         with pytest.raises(kind, match="batch"):
             run_generate(study_of(server), "t", RunFolder(tmp_path))
         server.extra = route

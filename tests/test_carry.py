@@ -13,7 +13,11 @@ from carry import DATA, STUDENT, WHEELS  # noqa: E402
 
 
 def carry(*words: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "tools" / "carry.py", *map(str, words)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "carry.py", *map(str, words)],
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -23,7 +27,19 @@ def packed(tmp_path) -> Path:
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(json.dumps({"question": str(number)}) + "\n")
     (tmp_path / "student.gguf").write_bytes(bytes(range(256)) * 4096 * 5)
-    done = carry("pack", "--data", tmp_path / "data", "--student", tmp_path / "student.gguf", "--have", ",".join(WHEELS), "--piece-mib", 1, "--out", tmp_path / "carry")
+    done = carry(
+        "pack",
+        "--data",
+        tmp_path / "data",
+        "--student",
+        tmp_path / "student.gguf",
+        "--have",
+        ",".join(WHEELS),
+        "--piece-mib",
+        1,
+        "--out",
+        tmp_path / "carry",
+    )
     assert done.returncode == 0, done.stderr
     return tmp_path
 
@@ -33,11 +49,19 @@ def test_everything_arrives(packed):
     assert len(pieces) == 6 and max(p.stat().st_size for p in pieces) <= 1 << 20
     done = carry("unpack", "--carry", packed / "carry", "--to", packed / "carried")
     assert done.returncode == 0, done.stderr
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert f"COT_DISTILL_COMMIT={commit} " in done.stdout and "configs/reference.toml" in done.stdout
-    assert (packed / "carried" / "data" / "student" / STUDENT).read_bytes() == (packed / "student.gguf").read_bytes()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    assert (
+        f"COT_DISTILL_COMMIT={commit} " in done.stdout and "configs/reference.toml" in done.stdout
+    )
+    assert (packed / "carried" / "data" / "student" / STUDENT).read_bytes() == (
+        packed / "student.gguf"
+    ).read_bytes()
     for name in [*DATA, "teachers/gpt-4o.jsonl"]:
-        assert (packed / "carried" / "data" / name).read_text() == (packed / "data" / name).read_text()
+        assert (packed / "carried" / "data" / name).read_text() == (
+            packed / "data" / name
+        ).read_text()
 
 
 def test_what_did_not_arrive_is_named_and_nothing_is_written(packed):
@@ -50,5 +74,15 @@ def test_what_did_not_arrive_is_named_and_nothing_is_written(packed):
 
 def test_a_missing_source_is_named(packed):
     (packed / "data" / "gsm8k" / "train.jsonl").unlink()
-    done = carry("pack", "--data", packed / "data", "--student", packed / "student.gguf", "--have", ",".join(WHEELS), "--out", packed / "again")
+    done = carry(
+        "pack",
+        "--data",
+        packed / "data",
+        "--student",
+        packed / "student.gguf",
+        "--have",
+        ",".join(WHEELS),
+        "--out",
+        packed / "again",
+    )
     assert done.returncode == 1 and "train.jsonl" in done.stderr

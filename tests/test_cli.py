@@ -16,7 +16,14 @@ COMMANDS = ["run", "generate", "train", "eval", "analyze", "quote", "doctor", "s
 
 
 def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment}, timeout=300)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        timeout=300,
+    )
 
 
 def cpu_s() -> float:
@@ -34,7 +41,10 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         took.append(cpu_s() - begun)
     assert min(took) < 0.5
     code = "import sys, cot_distill.cli; print([m for m in ('torch', 'transformers', 'pandas', 'numpy', 'papermill', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -62,19 +72,32 @@ def test_every_option_has_help_and_an_example() -> None:
 def test_shells_can_complete_commands_and_options() -> None:
     words = {"_COT_DISTILL_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
     assert call(**words, COMP_WORDS="cot-distill d").stdout.split() == ["doctor", "diff"]
-    assert "--dry-run" in call(**words | {"COMP_CWORD": "2"}, COMP_WORDS="cot-distill run --d").stdout
+    assert (
+        "--dry-run" in call(**words | {"COMP_CWORD": "2"}, COMP_WORDS="cot-distill run --d").stdout
+    )
 
 
 def test_exit_codes_are_documented() -> None:
     text = " ".join(call("--help").stdout.split())
-    assert all(part in text for part in ("0 all is well", "2 the input cannot be used", "75 run it again later", "130 and 143 stopped by a signal"))
+    assert all(
+        part in text
+        for part in (
+            "0 all is well",
+            "2 the input cannot be used",
+            "75 run it again later",
+            "130 and 143 stopped by a signal",
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["run", "configs/nowhere.toml"], "no study at configs/nowhere.toml"),
-        (["run", "configs/lesson.toml", "--teachers", "humann", "--dry-run"], "unknown teacher 'humann'"),
+        (
+            ["run", "configs/lesson.toml", "--teachers", "humann", "--dry-run"],
+            "unknown teacher 'humann'",
+        ),
         (["run", "configs/lesson.toml", "--stages", "trian", "--dry-run"], "unknown stage 'trian'"),
         (["run", "configs/lesson.toml", "--set", "train.epochs"], "--set wants KEY=VALUE"),
         (["run", "configs/lesson.toml", "--set", "train.epoch=2", "--dry-run"], "epochs"),
@@ -85,7 +108,9 @@ def test_exit_codes_are_documented() -> None:
         (["rnu"], "rnu"),
     ],
 )
-def test_bad_input_is_a_sentence_and_code_2(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+def test_bad_input_is_a_sentence_and_code_2(
+    arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
     if "--run-dir" not in arguments and arguments[0] in ("run", "train"):
         arguments = [*arguments, "--run-dir", str(tmp_path / "run")]
     done = call(*arguments)
@@ -100,13 +125,19 @@ def test_a_run_for_machines_and_for_people(tmp_path: Path) -> None:
     done = call("run", study, "--stages", stages, "--json", cwd=tmp_path)
     summary = json.loads(done.stdout)
     assert done.returncode == summary["exit_code"] == 0
-    assert summary["results"]["study"] == "small" and {job["state"] for job in summary["jobs"]} == {"finished"}
+    assert summary["results"]["study"] == "small" and {job["state"] for job in summary["jobs"]} == {
+        "finished"
+    }
     assert summary["run_dir"] == "runs/small"
 
     n, begun = len(names(tmp_path)), cpu_s()
     done = call("run", study, "--stages", stages, cwd=tmp_path)
     assert done.returncode == 0 and cpu_s() - begun < 5 and len(names(tmp_path)) == n
-    assert "student of" in done.stdout and "human" in done.stdout and done.stdout.strip().splitlines()[-1] == "runs/small"
+    assert (
+        "student of" in done.stdout
+        and "human" in done.stdout
+        and done.stdout.strip().splitlines()[-1] == "runs/small"
+    )
     assert "\x1b[" not in done.stdout + done.stderr
 
     orders(tmp_path, train_human={"raise": "ResumeLater", "message": "the budget is spent"})
@@ -114,7 +145,10 @@ def test_a_run_for_machines_and_for_people(tmp_path: Path) -> None:
     done = call("run", study, "--stages", stages, "--json", cwd=tmp_path)
     job = next(job for job in json.loads(done.stdout)["jobs"] if job["job"] == "train human")
     assert done.returncode == 75 and job["error"]["evalue"] == "the budget is spent"
-    assert "train human failed: the budget is spent (report: runs/small/reports/02_train-human.ipynb)" in done.stderr
+    assert (
+        "train human failed: the budget is spent (report: runs/small/reports/02_train-human.ipynb)"
+        in done.stderr
+    )
 
     same = call("diff", "runs/small", "runs/small", cwd=tmp_path)
     assert same.returncode == 0 and same.stdout.count("the same") == 4
@@ -124,7 +158,9 @@ def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     study = make_project(tmp_path, "human")
     done = call("run", study, "--stages", "train,eval", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "train human" in done.stdout and "rough" in done.stdout
-    plan = json.loads(call("run", study, "--stages", "train,eval", "--dry-run", "--json", cwd=tmp_path).stdout)
+    plan = json.loads(
+        call("run", study, "--stages", "train,eval", "--dry-run", "--json", cwd=tmp_path).stdout
+    )
     assert [job["job"] for job in plan["jobs"]] == ["eval base", "train human", "eval human"]
     assert plan["seconds"] > 0 and plan["quotes"] == {}
     assert names(tmp_path) == [] and not (tmp_path / "runs").exists()
@@ -132,7 +168,10 @@ def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 
 def test_only_those_who_are_asked_are_quoted(tmp_path: Path) -> None:
     done = call("quote", "configs/lesson.toml")
-    assert done.returncode == 0 and done.stdout == "human, recorded: nobody is asked, nothing is paid\n"
+    assert (
+        done.returncode == 0
+        and done.stdout == "human, recorded: nobody is asked, nothing is paid\n"
+    )
     study = make_project(tmp_path, "gpt", "other", provider="openai")
     quotes = json.loads(call("quote", study, "--json", cwd=tmp_path).stdout)
     assert set(quotes) == {"gpt", "other"} and quotes["gpt"]["requests"] == 4
@@ -154,4 +193,8 @@ def test_doctor_never_shows_a_key(tmp_path: Path) -> None:
 def test_a_defect_shows_its_traceback_without_keys(tmp_path: Path) -> None:
     code = "from cot_distill import cli\ndef broken(*a, **k):\n    raise RuntimeError('sk-abcdefghijklmnop1234 leaked')\ncli.app = broken\ncli.main([])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "RuntimeError: [key removed] leaked" in done.stderr and "Traceback" in done.stderr
+    assert (
+        done.returncode == 1
+        and "RuntimeError: [key removed] leaked" in done.stderr
+        and "Traceback" in done.stderr
+    )

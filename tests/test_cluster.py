@@ -17,18 +17,23 @@ from rich.console import Console
 from stand_ins import make_project, names, orders, seen
 from test_pipeline import NO_PAGES, results, run
 
-from cot_distill.cluster import KeptExecutor, changed_files, discard, pull, push, send
-from cot_distill.config import load_study
-from cot_distill.errors import InputError, ResumeLater
-from cot_distill.pipeline import prepare_batch, run_prepared
-from cot_distill.runs import RunFolder
+from cot_distill.batch.ray import KeptExecutor, changed_files, discard, pull, push, send
+from cot_distill.batch.run import prepare_batch, run_prepared
+from cot_distill.core.config import load_study
+from cot_distill.core.errors import InputError, ResumeLater
+from cot_distill.core.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 RENTAL = ROOT / "configs/rent-a-gpu.sky.yaml"
 
 
 def test_a_folder_travels_and_only_changes_are_sent(tmp_path: Path) -> None:
-    here, there, store, known = tmp_path / "here", tmp_path / "there", f"file://{tmp_path}/store", {}
+    here, there, store, known = (
+        tmp_path / "here",
+        tmp_path / "there",
+        f"file://{tmp_path}/store",
+        {},
+    )
     (here / "evals/base").mkdir(parents=True)
     (here / "evals/base/a.json").write_text("one")
     (here / "x.lock").write_text("")
@@ -36,11 +41,17 @@ def test_a_folder_travels_and_only_changes_are_sent(tmp_path: Path) -> None:
     assert pull(store, there) == ["evals/base/a.json"] and pull(store, there) == []
     (here / "evals/base/a.json").write_text("two")  # of the same size
     push(here, store, changed_files(here, known))
-    assert pull(store, there) == ["evals/base/a.json"] and (there / "evals/base/a.json").read_text() == "two"
+    assert (
+        pull(store, there) == ["evals/base/a.json"]
+        and (there / "evals/base/a.json").read_text() == "two"
+    )
     discard(store, ["evals/base"])
     assert pull(store, tmp_path / "third") == []
     assert pull(store, there) == [] and (there / "evals/base/a.json").exists()
-    assert pull(store, there, exact=lambda name: True) == [] and not (there / "evals/base/a.json").exists()
+    assert (
+        pull(store, there, exact=lambda name: True) == []
+        and not (there / "evals/base/a.json").exists()
+    )
 
 
 def test_a_ledger_in_use_travels_whole(tmp_path: Path) -> None:
@@ -51,7 +62,9 @@ def test_a_ledger_in_use_travels_whole(tmp_path: Path) -> None:
     live.commit()  # still in the log beside the file
     push(tmp_path, f"file://{tmp_path}/store", ["ledger.sqlite"])
     pull(f"file://{tmp_path}/store", tmp_path / "there")
-    assert sqlite3.connect(tmp_path / "there/ledger.sqlite").execute("select count(*) from attempts").fetchone() == (500,)
+    assert sqlite3.connect(tmp_path / "there/ledger.sqlite").execute(
+        "select count(*) from attempts"
+    ).fetchone() == (500,)
 
 
 def test_an_object_store_will_do(tmp_path: Path) -> None:
@@ -60,7 +73,9 @@ def test_an_object_store_will_do(tmp_path: Path) -> None:
     assert pull("memory://bucket/run", tmp_path / "there") == ["results.json"]
 
 
-def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     study = make_project(tmp_path, "human")
     batch = prepare_batch(study, run_dir=tmp_path / "runs/small", nbs=tmp_path / "nbs")
@@ -68,7 +83,9 @@ def test_without_ray_the_sentence_says_what_to_install(tmp_path: Path, monkeypat
         run_prepared(batch, Console(file=io.StringIO()), ray=True)
 
 
-def test_a_file_moved_while_the_store_is_listed_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_moved_while_the_store_is_listed_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fsspec.implementations.local import LocalFileSystem
 
     (tmp_path / "store").mkdir()
@@ -97,7 +114,9 @@ def test_a_vanished_file_vanishes_from_the_store(tmp_path: Path) -> None:
 
 
 def kept(study: Path, store: str, run_dir: Path) -> int:
-    batch = prepare_batch(study, stages=["generate", "train"], run_dir=run_dir, nbs=study.parent / "nbs", store=store)
+    batch = prepare_batch(
+        study, stages=["generate", "train"], run_dir=run_dir, nbs=study.parent / "nbs", store=store
+    )
     return run_prepared(batch, Console(file=io.StringIO()), store=store)
 
 
@@ -108,7 +127,9 @@ def test_a_lost_machine_costs_nothing_that_was_kept(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "p/runs/lost")
     orders(study.parent)
     assert kept(study, store, tmp_path / "p/runs/next") == 0
-    assert names(study.parent) == ["generate a", "train a", "train a"], "what was generated on the lost machine was not generated again"
+    assert names(study.parent) == ["generate a", "train a", "train a"], (
+        "what was generated on the lost machine was not generated again"
+    )
     assert kept(study, store, tmp_path / "p/runs/third") == 0 and len(names(study.parent)) == 3
     with pytest.raises(InputError, match="written by another machine"):
         kept(study, store, tmp_path / "p/runs/next")
@@ -123,7 +144,9 @@ class Idle:
         pass
 
 
-def test_a_store_that_fails_for_a_while_gets_everything_later(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_store_that_fails_for_a_while_gets_everything_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run, place = RunFolder(tmp_path / "run"), tmp_path / "store"
     (run.path / "evals").mkdir(parents=True)
     keeper = KeptExecutor(Idle(), run, f"file://{place}")
@@ -136,7 +159,11 @@ def test_a_store_that_fails_for_a_while_gets_everything_later(tmp_path: Path, ca
         keeper.close()
     place.unlink()
     keeper.close()
-    assert sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()) == ["config.toml", "evals/a", "evals/b"]
+    assert sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()) == [
+        "config.toml",
+        "evals/a",
+        "evals/b",
+    ]
 
 
 def test_a_run_folder_taken_away_takes_nothing_from_the_store(tmp_path: Path) -> None:
@@ -144,7 +171,13 @@ def test_a_run_folder_taken_away_takes_nothing_from_the_store(tmp_path: Path) ->
     orders(study.parent, train_a={"raise": "ZeroDivisionError"})
     assert kept(study, store, tmp_path / "p/runs/small") == 1
     files = sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file())
-    batch = prepare_batch(study, stages=["generate", "train"], run_dir=tmp_path / "p/runs/small", nbs=study.parent / "nbs", store=store)
+    batch = prepare_batch(
+        study,
+        stages=["generate", "train"],
+        run_dir=tmp_path / "p/runs/small",
+        nbs=study.parent / "nbs",
+        store=store,
+    )
     shutil.rmtree(tmp_path / "p/runs/small")
     with pytest.raises(InputError, match="has vanished while the study ran"):
         run_prepared(batch, Console(file=io.StringIO()), store=store)
@@ -168,12 +201,19 @@ def test_the_rental_task_fits_the_command_line() -> None:
     for line in task["run"].strip().splitlines():
         words = shlex.split(line.partition("||")[0])
         known = {flag for option in commands[words[1]].params for flag in option.opts}
-        assert words[0].endswith("cot-distill") and {word for word in words if word.startswith("--")} <= known
+        assert (
+            words[0].endswith("cot-distill")
+            and {word for word in words if word.startswith("--")} <= known
+        )
     study = load_study(ROOT / task["envs"]["STUDY"])
-    assert {t.api_key_env or "GEMINI_API_KEY" for t in study.teachers.values() if t.provider != "human"} == set(task["secrets"])
+    assert {
+        t.api_key_env or "GEMINI_API_KEY" for t in study.teachers.values() if t.provider != "human"
+    } == set(task["secrets"])
     assert not any(task["secrets"].values()), "keys are given on the command line, never written"
     sky = pytest.importorskip("sky", reason="skypilot is not installed")
-    assert sky.Task.from_yaml_config(task | {"envs": task["envs"] | {"STORE": "s3://bucket/run"}}).use_spot
+    assert sky.Task.from_yaml_config(
+        task | {"envs": task["envs"] | {"STORE": "s3://bucket/run"}}
+    ).use_spot
 
 
 # --- a real cluster, slow ---
@@ -187,7 +227,10 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     from ray.cluster_utils import Cluster
 
-    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | request.param)
+    two = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False} | request.param,
+    )
     two.add_node(**{"num_cpus": 1} | request.param)
     yield two
     ray.shutdown()
@@ -196,9 +239,17 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 def on_ray(study: Path, address: str, store: str | None = None) -> tuple[int, str]:
     out = study.parent / "out.txt"
-    batch = prepare_batch(study, stages=NO_PAGES, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    batch = prepare_batch(
+        study, stages=NO_PAGES, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs"
+    )
     with out.open("w") as file:
-        code = run_prepared(batch, Console(file=file, width=200, force_terminal=False), ray=True, address=address, store=store)
+        code = run_prepared(
+            batch,
+            Console(file=file, width=200, force_terminal=False),
+            ray=True,
+            address=address,
+            store=store,
+        )
     return code, out.read_text()
 
 
@@ -206,7 +257,10 @@ def kernels_of(study: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == study.parent / "nbs":
+            if (
+                process.status() != psutil.STATUS_ZOMBIE
+                and Path(process.cwd()) == study.parent / "nbs"
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -215,7 +269,10 @@ def kernels_of(study: Path) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
-    alone, many = make_project(tmp_path / "alone", "a", "b"), make_project(tmp_path / "many", "a", "b")
+    alone, many = (
+        make_project(tmp_path / "alone", "a", "b"),
+        make_project(tmp_path / "many", "a", "b"),
+    )
     assert run(alone)[0] == 0
     orders(many.parent, train_a={"seconds": 4}, train_b={"seconds": 4})
     code, text = on_ray(many, cluster.address)
@@ -227,7 +284,9 @@ def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", [{"num_gpus": 1}], indirect=True)
-def test_each_student_gets_a_gpu_of_its_own(tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_student_gets_a_gpu_of_its_own(
+    tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Ray only counts the GPUs it is told of; what a job sees of them is what it would see of real ones"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     many = make_project(tmp_path, "a", "b", "c", device="auto")
@@ -236,7 +295,9 @@ def test_each_student_gets_a_gpu_of_its_own(tmp_path: Path, cluster, monkeypatch
     assert code == 0, text
     compute = [one for one in seen(many.parent) if one["stage"] in ("train", "eval")]
     assert {one["gpu"] for one in compute} == {"0"}, "the first GPU of either node"
-    assert {one["gpu"] or "" for one in seen(many.parent) if one["stage"] not in ("train", "eval")} == {""}
+    assert {
+        one["gpu"] or "" for one in seen(many.parent) if one["stage"] not in ("train", "eval")
+    } == {""}
     begun = sorted(one["at"] for one in compute if one["stage"] == "train")
     assert begun[1] - begun[0] < 6 < begun[2] - begun[0], "two train side by side, the third waits"
 
@@ -298,16 +359,31 @@ def test_a_lost_node_costs_a_retry(tmp_path: Path, cluster) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_in_place_of_a_shared_disk(tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_in_place_of_a_shared_disk(
+    tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Notebooks and run folder travel; workers see neither the launcher's checkout nor its runs"
-    from cot_distill.cluster import Mirror
+    from cot_distill.batch.ray import Mirror
 
     def collect(self) -> None:  # as the stand-ins do it
         rows = []
         for path in sorted(self.run.path.glob("evals/*/test.parquet")):
             value = int(path.read_text())
-            rows.append({"variant": path.parent.name, "teacher": None, "n": 100, "n_correct": value, "accuracy": value / 100, "ci95": [0.0, 1.0], "vs_base": None, "teacher_cost_usd": None})
-        self.run.results_json.write_text(json.dumps({"study": "small", "problem_set": "test", "n": 100, "variants": rows}))
+            rows.append(
+                {
+                    "variant": path.parent.name,
+                    "teacher": None,
+                    "n": 100,
+                    "n_correct": value,
+                    "accuracy": value / 100,
+                    "ci95": [0.0, 1.0],
+                    "vs_base": None,
+                    "teacher_cost_usd": None,
+                }
+            )
+        self.run.results_json.write_text(
+            json.dumps({"study": "small", "problem_set": "test", "n": 100, "variants": rows})
+        )
 
     monkeypatch.setattr(Mirror, "write_results", collect)
     alone, many = make_project(tmp_path / "alone", "a"), make_project(tmp_path / "many", "a")

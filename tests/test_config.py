@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cot_distill.config import difference, load_study, parse_study, to_toml, with_limit
-from cot_distill.errors import InputError
+from cot_distill.core.config import difference, load_study, parse_study, to_toml, with_limit
+from cot_distill.core.errors import InputError
 
 FOUND = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 CONFIGS = [path for path in FOUND if "steps" not in tomllib.loads(path.read_text())]
@@ -46,7 +46,7 @@ def test_repeats_are_students_with_other_seeds():
 
 def test_a_series_is_no_study():
     (series, *_) = [path for path in FOUND if path not in CONFIGS]
-    with pytest.raises(InputError, match="a series of studies.*python -m cot_distill.series"):
+    with pytest.raises(InputError, match="a series of studies.*python -m cot_distill.batch.series"):
         load_study(series)
 
 

@@ -9,11 +9,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from cot_distill.config import StudentConfig
-from cot_distill.decoding import Completion, DecodeTally, decode, lay_out, pick_tokens, speaking
-from cot_distill.errors import InputError
-from cot_distill.problems import load_problems
-from cot_distill.students import load_student, prompt_ids, stop_ids
+from cot_distill.core.config import StudentConfig
+from cot_distill.core.errors import InputError
+from cot_distill.core.problems import load_problems
+from cot_distill.student.model import load_student, prompt_ids, stop_ids
+from cot_distill.student.slots import (
+    Completion,
+    DecodeTally,
+    decode,
+    lay_out,
+    pick_tokens,
+    speaking,
+)
 
 VOCABULARY = 211
 SHAPE: dict[str, Any] = {

@@ -20,9 +20,10 @@ from tiny_student import make_student, make_study
 
 from cot_distill import eval as evaluation
 from cot_distill.analysis import results_table
-from cot_distill.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
-from cot_distill.decoding import Completion, TransformersEngine, close_engine, open_engine
-from cot_distill.errors import InputError
+from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
+from cot_distill.core.errors import InputError
+from cot_distill.core.runs import RunFolder, read_json, read_parquet, stage_state
+from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.eval import (
     Parts,
     eval_tasks,
@@ -30,11 +31,10 @@ from cot_distill.eval import (
     task_prompts,
     write_results,
 )
-from cot_distill.frames import load_runs
 from cot_distill.grading import final_answer
-from cot_distill.runs import RunFolder, read_json, read_parquet, stage_state
-from cot_distill.stats import holm, paired_difference, seed_spread, wilson
-from cot_distill.students import load_student, load_tokenizer, student_of
+from cot_distill.reading.frames import load_runs
+from cot_distill.student.model import load_student, load_tokenizer, student_of
+from cot_distill.student.slots import Completion, TransformersEngine, close_engine, open_engine
 
 COLUMNS = [
     "problem_id",
@@ -266,9 +266,10 @@ def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scri
 
 KILLED = """
 import sys, time
-from cot_distill import decoding, eval as evaluation
-from cot_distill.config import load_study
-from cot_distill.runs import RunFolder
+from cot_distill import eval as evaluation
+from cot_distill.student import slots as decoding
+from cot_distill.core.config import load_study
+from cot_distill.core.runs import RunFolder
 real = decoding.TransformersEngine.complete
 def slow(self, *args, **kwargs):
     for item in real(self, *args, **kwargs):
@@ -280,7 +281,7 @@ print(evaluation.run_eval(load_study(sys.argv[1]), "base", RunFolder(sys.argv[2]
 
 
 def test_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
-    from cot_distill.config import to_toml
+    from cot_distill.core.config import to_toml
 
     study = study_of(folder)
     study = study.model_copy(

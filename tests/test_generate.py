@@ -17,25 +17,40 @@ import pandas as pd
 import pytest
 from faulty_server import FaultyServer, Reply, completion, error
 
-from cot_distill.config import TeacherConfig, parse_study
-from cot_distill.errors import InputError, ResumeLater
+from cot_distill.asking.pace import Pacer
+from cot_distill.core.config import TeacherConfig, parse_study
+from cot_distill.core.errors import InputError, ResumeLater
+from cot_distill.core.problems import load_problems
+from cot_distill.core.runs import RunFolder
 from cot_distill.generate import COLUMNS, run_generate, throughput
-from cot_distill.limits import Pacer
-from cot_distill.problems import load_problems
-from cot_distill.runs import RunFolder
 
 GOOD = Reply(body=completion())
 
 
 def make_study(url: str, n: int = 1, teacher: dict | None = None, **generate):
     "A study of n problems with one teacher at `url`, impatient enough for a test"
-    settings = {"deadline_s": 1.0, "max_attempts": 3, "max_tokens": 64, "keep_wrong": True} | generate
+    settings = {
+        "deadline_s": 1.0,
+        "max_attempts": 3,
+        "max_tokens": 64,
+        "keep_wrong": True,
+    } | generate
     return parse_study(
         {
             "name": "faults",
             "problems": {"source": "two-step", "limit": n},
             "eval_sets": [{"name": "two-step", "source": "two-step", "limit": 2}],
-            "teachers": {"t": {"provider": "openai", "model": "test-model", "base_url": url, "max_in_flight": 4, "usd_per_million_input": 1.0, "usd_per_million_output": 2.0} | (teacher or {})},
+            "teachers": {
+                "t": {
+                    "provider": "openai",
+                    "model": "test-model",
+                    "base_url": url,
+                    "max_in_flight": 4,
+                    "usd_per_million_input": 1.0,
+                    "usd_per_million_output": 2.0,
+                }
+                | (teacher or {})
+            },
             "generate": settings,
         }
     )
@@ -50,8 +65,8 @@ def attempts(run: RunFolder) -> list[dict]:
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch):
     "Wait milliseconds where production waits seconds"
-    monkeypatch.setattr("cot_distill.asking.backoff_s", lambda n: 0.01)
-    monkeypatch.setattr("cot_distill.limits.backoff_s", lambda n: 0.01)
+    monkeypatch.setattr("cot_distill.asking.loop.backoff_s", lambda n: 0.01)
+    monkeypatch.setattr("cot_distill.asking.pace.backoff_s", lambda n: 0.01)
 
 
 def always(reply: Reply):
@@ -63,7 +78,10 @@ def first(*replies: Reply, then: Reply = GOOD):
     return lambda request, n: replies[n - 1] if n <= len(replies) else then
 
 
-TOO_MANY = error("Rate limit reached for test-model in organization on requests per min (RPM)", "rate_limit_exceeded")
+TOO_MANY = error(
+    "Rate limit reached for test-model in organization on requests per min (RPM)",
+    "rate_limit_exceeded",
+)
 HTML = Reply(body="<html>502 Bad Gateway</html>", content_type="text/html")
 
 # name, script, requests sent, statuses in the ledger, outcome: a drop reason, None (kept), or the error that stops the teacher
@@ -119,7 +137,9 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "n_sent", "statuses", "outcome"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+@pytest.mark.parametrize(
+    ("script", "n_sent", "statuses", "outcome"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
+)
 def test_fault(tmp_path, script, n_sent, statuses, outcome):
     run = RunFolder(tmp_path)
     with FaultyServer(script) as server:
@@ -159,7 +179,9 @@ def test_nothing_is_asked_twice(tmp_path):
         run_generate(study, "t", run)
         run_generate(study, "t", run)
         assert len(server.requests) == 6
-        run.rationales("t").write_bytes(b"half a parq")  # broken: made again from the ledger, for nothing
+        run.rationales("t").write_bytes(
+            b"half a parq"
+        )  # broken: made again from the ledger, for nothing
         run_generate(study, "t", run)
         assert len(server.requests) == 6
     assert len(pd.read_parquet(run.rationales("t"))) == 6
@@ -184,7 +206,9 @@ def test_caps_are_hard(tmp_path, setting, n_sent):
     "Checked before each send, across restarts too: ten more tries send nothing more"
     run = RunFolder(tmp_path)
     with FaultyServer(always(Reply(body=completion(), delay_s=0.05))) as server:
-        study = make_study(server.url, n=20, teacher={"max_in_flight": 1}, max_tokens=200, **setting)
+        study = make_study(
+            server.url, n=20, teacher={"max_in_flight": 1}, max_tokens=200, **setting
+        )
         for _ in range(4):
             with pytest.raises(ResumeLater, match=next(iter(setting))):
                 run_generate(study, "t", run)
@@ -202,7 +226,11 @@ def test_shared_gate(tmp_path):
         return Reply(429, TOO_MANY, {"Retry-After": "1"}) if n == 1 else GOOD
 
     with FaultyServer(script) as server:
-        run_generate(make_study(server.url, n=12, teacher={"max_in_flight": 1}, max_tokens=8), "t", RunFolder(tmp_path))
+        run_generate(
+            make_study(server.url, n=12, teacher={"max_in_flight": 1}, max_tokens=8),
+            "t",
+            RunFolder(tmp_path),
+        )
     assert times[1] - times[0] >= 1.0
 
 
@@ -215,7 +243,7 @@ def test_requests_per_minute(tmp_path):
 
 
 def test_a_refusal_without_a_wait_holds_everybody_back(monkeypatch, tmp_path):
-    monkeypatch.setattr("cot_distill.limits.backoff_s", lambda n: 1.0)
+    monkeypatch.setattr("cot_distill.asking.pace.backoff_s", lambda n: 1.0)
     times = []
 
     def script(request, n):
@@ -223,14 +251,18 @@ def test_a_refusal_without_a_wait_holds_everybody_back(monkeypatch, tmp_path):
         return Reply(429, TOO_MANY) if n == 1 else GOOD
 
     with FaultyServer(script) as server:
-        run_generate(make_study(server.url, n=6, teacher={"max_in_flight": 1}), "t", RunFolder(tmp_path))
+        run_generate(
+            make_study(server.url, n=6, teacher={"max_in_flight": 1}), "t", RunFolder(tmp_path)
+        )
     assert times[1] - times[0] >= 0.9
 
 
 def test_slow_start(tmp_path):
     "Without stated limits the number in flight doubles each round, up to the teacher's own bound"
     with FaultyServer(always(Reply(body=completion(), delay_s=0.1))) as server:
-        run_generate(make_study(server.url, n=120, teacher={"max_in_flight": 40}), "t", RunFolder(tmp_path))
+        run_generate(
+            make_study(server.url, n=120, teacher={"max_in_flight": 40}), "t", RunFolder(tmp_path)
+        )
         assert server.max_in_flight == 40
 
 
@@ -261,26 +293,65 @@ def test_requests_per_day(tmp_path):
 @pytest.mark.parametrize(
     ("reply", "when"),
     [
-        (Reply(429, error("Rate limit reached on requests per day (RPD): Limit 10000. Please try again in 7h12m0s."), {}), 7.2),
-        (Reply(429, error("You exceeded your current quota", "insufficient_quota"), {"Retry-After": "86400"}), 24.0),
+        (
+            Reply(
+                429,
+                error(
+                    "Rate limit reached on requests per day (RPD): Limit 10000. Please try again in 7h12m0s."
+                ),
+                {},
+            ),
+            7.2,
+        ),
+        (
+            Reply(
+                429,
+                error("You exceeded your current quota", "insufficient_quota"),
+                {"Retry-After": "86400"},
+            ),
+            24.0,
+        ),
     ],
 )
 def test_the_message_says_when_to_come_back(tmp_path, reply, when):
     with FaultyServer(always(reply)) as server, pytest.raises(ResumeLater) as caught:
         run_generate(make_study(server.url), "t", RunFolder(tmp_path))
-    told = datetime.strptime(re.search(r"after (.* UTC)", str(caught.value))[1], "%Y-%m-%d %H:%M UTC").replace(tzinfo=UTC)
+    told = datetime.strptime(
+        re.search(r"after (.* UTC)", str(caught.value))[1], "%Y-%m-%d %H:%M UTC"
+    ).replace(tzinfo=UTC)
     assert (told - datetime.now(UTC)).total_seconds() / 3600 == pytest.approx(when, abs=0.03)
 
 
 def test_samples_of_one_problem(tmp_path):
     "Three samples a problem: a second text that says the same is dropped, one that differs is kept; the ledger has three requests"
-    texts = ["Three rows of 4 apples are 12 apples in all.\n#### 12", "three rows of 4 apples, are 12 apples: in all!\n#### 12", "Since 4 + 4 + 4 = 12, there are twelve.\n#### 12"]
+    texts = [
+        "Three rows of 4 apples are 12 apples in all.\n#### 12",
+        "three rows of 4 apples, are 12 apples: in all!\n#### 12",
+        "Since 4 + 4 + 4 = 12, there are twelve.\n#### 12",
+    ]
     run = RunFolder(tmp_path)
     with FaultyServer(lambda request, n: Reply(body=completion(text=texts[(n - 1) % 3]))) as server:
-        summary = run_generate(make_study(server.url, n=1, teacher={"max_in_flight": 1}, n_samples=3, temperature=0.7, top_p=0.9), "t", run)
-        assert [(r.body["temperature"], r.body["top_p"]) for r in server.requests] == [(0.7, 0.9)] * 3
+        summary = run_generate(
+            make_study(
+                server.url,
+                n=1,
+                teacher={"max_in_flight": 1},
+                n_samples=3,
+                temperature=0.7,
+                top_p=0.9,
+            ),
+            "t",
+            run,
+        )
+        assert [(r.body["temperature"], r.body["top_p"]) for r in server.requests] == [
+            (0.7, 0.9)
+        ] * 3
     table = pd.read_parquet(run.rationales("t"))
-    assert table["sample_idx"].tolist() == [0, 1, 2] and table["kept"].tolist() == [True, False, True]
+    assert table["sample_idx"].tolist() == [0, 1, 2] and table["kept"].tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert summary.drop_reasons == {"near_duplicate": 1}
 
 
@@ -293,12 +364,18 @@ def test_the_same_answer_is_not_paid_for_twice(tmp_path):
 def contaminated_study(tmp_path: Path, url: str):
     "Real words, not templates: one training question is a test question, and the teacher recites a test solution"
     test = [
-        {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips in all?", "answer": "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72 altogether.\n#### 72"}
+        {
+            "question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips in all?",
+            "answer": "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72 altogether.\n#### 72",
+        }
     ]
     train = [
         {"question": test[0]["question"].upper(), "answer": "x\n#### 72"},
         {"question": "Tom has 3 boxes of 4 pens. How many pens?", "answer": "x\n#### 12"},
-        {"question": "She sold half as many clips in May, how many clips did Ann and Bo sell?", "answer": "x\n#### 12"},
+        {
+            "question": "She sold half as many clips in May, how many clips did Ann and Bo sell?",
+            "answer": "x\n#### 12",
+        },
     ]
     for name, rows in (("test", test), ("train", train)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -312,7 +389,15 @@ def contaminated_study(tmp_path: Path, url: str):
 
 def test_contamination_is_counted_by_text_and_length(tmp_path):
     recited = "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72.\n#### 12"
-    with FaultyServer(lambda request, n: Reply(body=completion(text=recited if "Tom" in request.body["messages"][-1]["content"] else "short\n#### 12"))) as server:
+    with FaultyServer(
+        lambda request, n: Reply(
+            body=completion(
+                text=recited
+                if "Tom" in request.body["messages"][-1]["content"]
+                else "short\n#### 12"
+            )
+        )
+    ) as server:
         run = RunFolder(tmp_path / "run")
         summary = run_generate(contaminated_study(tmp_path, server.url), "t", run)
     assert summary.shared_with_tests == {
@@ -326,9 +411,9 @@ def test_contamination_is_counted_by_text_and_length(tmp_path):
 
 def test_disk_full_in_the_middle(tmp_path, monkeypatch):
     "A sentence; what was written is safe; with room again only what was lost is asked again"
-    import cot_distill.ledger
+    import cot_distill.asking.ledger
 
-    connect, run = cot_distill.ledger._connect, RunFolder(tmp_path)
+    connect, run = cot_distill.asking.ledger._connect, RunFolder(tmp_path)
 
     def small(path: Path) -> sqlite3.Connection:
         connection = connect(path)
@@ -338,10 +423,10 @@ def test_disk_full_in_the_middle(tmp_path, monkeypatch):
     long = Reply(body=completion(text="so " * 500 + "\n#### 12"))
     with FaultyServer(always(long)) as server:
         study = make_study(server.url, n=80, teacher={"max_in_flight": 2})
-        monkeypatch.setattr(cot_distill.ledger, "_connect", small)
+        monkeypatch.setattr(cot_distill.asking.ledger, "_connect", small)
         with pytest.raises(InputError, match="make room on the disk"):
             run_generate(study, "t", run)
-        monkeypatch.setattr(cot_distill.ledger, "_connect", connect)
+        monkeypatch.setattr(cot_distill.asking.ledger, "_connect", connect)
         n_sent, n_kept = len(server.requests), sum(r["is_final"] for r in attempts(run))
         assert 0 < n_kept < 80 and n_sent - n_kept <= 2
         assert run_generate(study, "t", run).n == 80
@@ -350,14 +435,26 @@ def test_disk_full_in_the_middle(tmp_path, monkeypatch):
 
 def test_rows_that_are_no_problems_are_set_aside_not_asked(tmp_path):
     train = tmp_path / "train.jsonl"
-    rows = ['{"question": "What is 3 * 4?", "answer": "#### 12"}', '{"question": null, "answer": "#### 1"}', "{not json", '{"question": "No answer?"}']
+    rows = [
+        '{"question": "What is 3 * 4?", "answer": "#### 12"}',
+        '{"question": null, "answer": "#### 1"}',
+        "{not json",
+        '{"question": "No answer?"}',
+    ]
     train.write_text("\n".join(rows))
     run = RunFolder(tmp_path / "run")
     with FaultyServer() as server:
         study = make_study(server.url)
-        study = study.model_copy(update={"problems": study.problems.model_copy(update={"source": str(train), "limit": None})})
+        study = study.model_copy(
+            update={
+                "problems": study.problems.model_copy(update={"source": str(train), "limit": None})
+            }
+        )
         assert run_generate(study, "t", run).n == len(server.requests) == 1
-    aside = [json.loads(line) for line in (run.teacher_dir("t") / "quarantine.jsonl").read_text().splitlines()]
+    aside = [
+        json.loads(line)
+        for line in (run.teacher_dir("t") / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert len(aside) == 3 and all(row["reason"] for row in aside)
 
 
@@ -392,9 +489,14 @@ def test_reroute_is_kept(tmp_path):
     with FaultyServer(always(Reply(body=completion(model="other-model")))) as server:
         summary = run_generate(make_study(server.url), "t", run)
     assert summary.models == summary.rerouted == {"other-model": 1}
-    assert "other-model" in str(summary) and "not asked for: other-model" in (run.teacher_dir("t") / "README.md").read_text()
+    assert (
+        "other-model" in str(summary)
+        and "not asked for: other-model" in (run.teacher_dir("t") / "README.md").read_text()
+    )
     assert pd.read_parquet(run.rationales("t"))["model"].tolist() == ["other-model"]
-    assert json.loads(run.run_json.read_text())["stages"]["generate/t"]["rerouted"] == {"other-model": 1}
+    assert json.loads(run.run_json.read_text())["stages"]["generate/t"]["rerouted"] == {
+        "other-model": 1
+    }
 
 
 def test_a_response_that_names_no_model_gets_none(tmp_path):
@@ -403,14 +505,15 @@ def test_a_response_that_names_no_model_gets_none(tmp_path):
         assert run_generate(make_study(server.url), "t", run).models == {}
     assert pd.read_parquet(run.rationales("t"))["model"].isna().all()
 
+
 RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_generate import make_study
-from cot_distill.errors import CotDistillError
+from cot_distill.core.errors import CotDistillError
 from cot_distill.generate import run_generate
-from cot_distill.runs import RunFolder
+from cot_distill.core.runs import RunFolder
 try:
     run_generate(make_study({url!r}, n={n}, teacher={teacher!r}, deadline_s=20), "t", RunFolder({run!r}))
 except CotDistillError as err:
@@ -421,7 +524,13 @@ except CotDistillError as err:
 
 def start(url: str, run: Path, n: int, **teacher) -> subprocess.Popen:
     code = RUN.format(tests=str(Path(__file__).parent), url=url, n=n, run=str(run), teacher=teacher)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COT_DISTILL_PROGRESS": "off"})
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"COT_DISTILL_PROGRESS": "off"},
+    )
 
 
 def wait_for(condition, seconds: float = 180) -> None:
@@ -472,7 +581,11 @@ def killed_runs(tmp_path: Path, n_problems: int, n_kills: int, delay_s: float) -
             n_before = len(server.requests)
             process = start(server.url, run.path, n=n_problems, max_in_flight=8)
             target = n_before + rng.randint(1, max(2, n_problems // n_kills))
-            wait_for(lambda target=target, process=process: len(server.requests) >= target or process.poll() is not None)
+            wait_for(
+                lambda target=target, process=process: (
+                    len(server.requests) >= target or process.poll() is not None
+                )
+            )
             time.sleep(rng.uniform(0, 2 * delay_s))
             process.kill()
             process.wait()
@@ -480,7 +593,11 @@ def killed_runs(tmp_path: Path, n_problems: int, n_kills: int, delay_s: float) -
         rows = attempts(run)
         n_lost = sum(r["status"] == "sent" for r in rows)
         table = pd.read_parquet(run.rationales("t"))
-        assert len(table) == n_problems and table["problem_id"].is_unique and (table["completion"] != "").all()
+        assert (
+            len(table) == n_problems
+            and table["problem_id"].is_unique
+            and (table["completion"] != "").all()
+        )
         finished = Counter(r["request_key"] for r in rows if r["status"] == "ok")
         assert len(finished) == n_problems and set(finished.values()) == {1}
         assert n_lost <= 8 * n_kills

@@ -21,7 +21,7 @@ from cot_distill.grading import (
     is_correct,
     same_number,
 )
-from cot_distill.quantities import exact_number, read_answer
+from cot_distill.grading.numbers import exact_number, read_answer
 
 DATA = Path(os.environ.get("COT_DISTILL_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
 EQUAL_TO_GOLD = {

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from cot_distill.errors import InputError
-from cot_distill.ledger import BatchLedger, Ledger, read_attempts, request_key, salvage, spending, status_tally
+from cot_distill.asking.ledger import (
+    BatchLedger,
+    Ledger,
+    read_attempts,
+    request_key,
+    salvage,
+    spending,
+    status_tally,
+)
+from cot_distill.core.errors import InputError
 
 WRITER = """
 import sys
-from cot_distill.ledger import Ledger
+from cot_distill.asking.ledger import Ledger
 with Ledger(sys.argv[1]) as ledger:
     for i in range(100_000):
         ledger.finish(ledger.begin(f"key-{i}", f"p-{i}"), status="ok", is_final=True, raw_body="x" * 500)
@@ -28,20 +36,34 @@ with Ledger(sys.argv[1]) as ledger:
 def filled(path: Path, n: int = 200) -> Path:
     with Ledger(path) as ledger:
         for i in range(n):
-            ledger.finish(ledger.begin(f"key-{i}", f"p-{i}", reserve_usd=0.5), status="ok", is_final=True, raw_body="body " * 100, cost_usd=0.001)
+            ledger.finish(
+                ledger.begin(f"key-{i}", f"p-{i}", reserve_usd=0.5),
+                status="ok",
+                is_final=True,
+                raw_body="body " * 100,
+                cost_usd=0.001,
+            )
     return path
 
 
 def test_key_depends_on_what_shapes_the_answer():
     base = {"model": "m", "messages": [{"role": "user", "content": "6 * 7?"}], "temperature": 0.0}
-    keys = {request_key(base), request_key(base, 1), request_key(base | {"model": "n"}), request_key(base | {"temperature": 0.1}), request_key(base | {"messages": []})}
+    keys = {
+        request_key(base),
+        request_key(base, 1),
+        request_key(base | {"model": "n"}),
+        request_key(base | {"temperature": 0.1}),
+        request_key(base | {"messages": []}),
+    }
     assert len(keys) == 5
 
 
 @pytest.mark.parametrize("round_", range(3))
 def test_kill_9_loses_nothing_committed(tmp_path, round_):
     path = tmp_path / "ledger.sqlite"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
     seen = -1
     end = time.monotonic() + 60
     for line in process.stdout:
@@ -89,7 +111,9 @@ def test_many_coroutines_share_a_commit(tmp_path):
     with Counting(tmp_path / "ledger.sqlite") as ledger:
         asyncio.run(all_of_them(ledger))
         other = sqlite3.connect(tmp_path / "ledger.sqlite")
-        assert other.execute("SELECT COUNT(*) FROM attempts WHERE is_final = 1").fetchone()[0] == 500
+        assert (
+            other.execute("SELECT COUNT(*) FROM attempts WHERE is_final = 1").fetchone()[0] == 500
+        )
     assert len(commits) < 50
 
 
@@ -127,7 +151,12 @@ def test_damage_is_noticed_and_salvaged(tmp_path, damage):
 
 def test_salvage_as_a_command(tmp_path):
     path = filled(tmp_path / "ledger.sqlite", 5)
-    done = subprocess.run([sys.executable, "-m", "cot_distill.ledger", str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cot_distill.asking.ledger", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "saved 5 attempts" in done.stdout
 
 

@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 from stand_ins import PARAMETERS, make_project, names, orders, seen, write_notebook
 
-from cot_distill.board import Batch, batch_table, exit_code, plan_report, seconds_left
-from cot_distill.config import load_study
-from cot_distill.errors import InputError
-from cot_distill.execute import report_finished, secret_values
-from cot_distill.executors import Hands, visible_gpus
-from cot_distill.pipeline import check_batch, compare_runs, prepare_batch, run_study, turn
-from cot_distill.plan import STAGES, Job, estimate_seconds
-from cot_distill.runs import locked, write_json
+from cot_distill.batch.execute import report_finished, secret_values
+from cot_distill.batch.executors import Hands, visible_gpus
+from cot_distill.batch.plan import STAGES, Job, estimate_seconds
+from cot_distill.batch.run import check_batch, compare_runs, prepare_batch, run_study, turn
+from cot_distill.batch.view import Batch, batch_table, exit_code, plan_report, seconds_left
+from cot_distill.core.config import load_study
+from cot_distill.core.errors import InputError
+from cot_distill.core.runs import locked, write_json
 
 NO_PAGES = [stage for stage in STAGES if stage != "site"]
 
@@ -33,7 +33,12 @@ def run(study: Path, **options: object) -> tuple[int, str]:
     out = folder / "out.txt"
     with out.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=200, force_terminal=False, no_color=True)
-        options = {"stages": NO_PAGES, "run_dir": folder / "runs" / "small", "nbs": folder / "nbs", "console": console} | options
+        options = {
+            "stages": NO_PAGES,
+            "run_dir": folder / "runs" / "small",
+            "nbs": folder / "nbs",
+            "console": console,
+        } | options
         code = run_study(study, **options)
     return code, out.read_text(encoding="utf-8")
 
@@ -41,10 +46,15 @@ def run(study: Path, **options: object) -> tuple[int, str]:
 def launch(study: Path, *more: str) -> subprocess.Popen:
     "The same in a process of its own, for signals"
     code = (
-        "import sys; from pathlib import Path; from rich.console import Console; from cot_distill.pipeline import run_study; study = Path(sys.argv[1]); "
+        "import sys; from pathlib import Path; from rich.console import Console; from cot_distill.batch.run import run_study; study = Path(sys.argv[1]); "
         "sys.exit(run_study(study, stages=sys.argv[2].split(','), run_dir=study.parent / 'runs/small', nbs=study.parent / 'nbs', console=Console(file=sys.stdout, width=200)))"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(study), ",".join(more or NO_PAGES)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(study), ",".join(more or NO_PAGES)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(study: Path, job: str, timeout_s: float = 60) -> None:
@@ -60,7 +70,10 @@ def processes_of(study: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == study.parent / "nbs":
+            if (
+                process.status() != psutil.STATUS_ZOMBIE
+                and Path(process.cwd()) == study.parent / "nbs"
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -117,11 +130,17 @@ class PretendedWork:
 
     def poll(self):
         self.executor.busy -= 1
-        return {"state": "failed", "ename": self.ename, "evalue": "told to", "cell": 1} if self.ename else {"state": "finished"}
+        return (
+            {"state": "failed", "ename": self.ename, "evalue": "told to", "cell": 1}
+            if self.ename
+            else {"state": "finished"}
+        )
 
 
 def pretend(study: Path, executor: Pretender, **options: object) -> Batch:
-    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", **options)
+    batch = prepare_batch(
+        study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", **options
+    )
     for _ in range(50):
         if batch.over:
             return batch
@@ -137,7 +156,11 @@ def test_three_teachers_one_failing(tmp_path: Path) -> None:
     batch = pretend(study, executor)
     assert batch.states["train deepseek"] == batch.states["eval deepseek"] == "skipped"
     assert {state for name, state in batch.states.items() if "deepseek" not in name} == {"finished"}
-    assert executor.order.index("analyze") > executor.order.index("eval gemini") > executor.order.index("train gemini")
+    assert (
+        executor.order.index("analyze")
+        > executor.order.index("eval gemini")
+        > executor.order.index("train gemini")
+    )
     assert executor.order[-1] == "site"
     assert exit_code(batch) == 75
 
@@ -158,9 +181,16 @@ def test_exit_code_says_what_kind(study: Path, failures: dict, code: int) -> Non
 
 def test_repeats_share_texts_and_base(study: Path) -> None:
     executor = Pretender({"train human.seed1": "OutOfMemoryError"})
-    batch = pretend(study, executor, overrides={"repeats": "2"}, stages=["generate", "train", "eval"])
+    batch = pretend(
+        study, executor, overrides={"repeats": "2"}, stages=["generate", "train", "eval"]
+    )
     assert executor.order.count("generate human") == executor.order.count("eval base") == 1
-    assert {name for name, state in batch.states.items() if state == "finished"} == {"generate human", "eval base", "train human", "eval human"}
+    assert {name for name, state in batch.states.items() if state == "finished"} == {
+        "generate human",
+        "eval base",
+        "train human",
+        "eval human",
+    }
     assert batch.states["eval human.seed1"] == "skipped"
 
 
@@ -207,7 +237,9 @@ def test_a_missing_notebook_is_an_error(study: Path) -> None:
         run(study)
 
 
-def test_a_missing_key_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     study = make_project(tmp_path / "p", "gpt", provider="gemini")
     with pytest.raises(InputError, match=r"teacher 'gpt': GEMINI_API_KEY is not set.*--teachers"):
@@ -215,8 +247,10 @@ def test_a_missing_key_is_told_before_anything_runs(tmp_path: Path, monkeypatch:
     assert seen(study.parent) == []
 
 
-def test_a_full_disk_is_told_before_anything_runs(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cot_distill.pipeline.MIN_FREE_BYTES", 10**18)
+def test_a_full_disk_is_told_before_anything_runs(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cot_distill.batch.run.MIN_FREE_BYTES", 10**18)
     with pytest.raises(InputError, match="make room or use --run-dir"):
         run(study)
 
@@ -224,25 +258,39 @@ def test_a_full_disk_is_told_before_anything_runs(study: Path, monkeypatch: pyte
 def test_another_study_in_the_folder_is_refused(study: Path) -> None:
     prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
     with pytest.raises(InputError, match=r"train.epochs.*--run-dir"):
-        prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", overrides={"train.epochs": "3"})
+        prepare_batch(
+            study,
+            run_dir=study.parent / "runs/small",
+            nbs=study.parent / "nbs",
+            overrides={"train.epochs": "3"},
+        )
 
 
 def test_two_launchers_on_one_folder(study: Path) -> None:
     (study.parent / "runs/small").mkdir(parents=True)
-    with locked(study.parent / "runs/small/.batch.lock"), pytest.raises(InputError, match="another run holds"):
+    with (
+        locked(study.parent / "runs/small/.batch.lock"),
+        pytest.raises(InputError, match="another run holds"),
+    ):
         run(study)
 
 
-def test_a_dry_run_needs_no_key_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_needs_no_key_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     study = make_project(tmp_path / "p", "gpt", provider="gemini")
     where = {"run_dir": tmp_path / "runs/small", "nbs": tmp_path / "p/nbs"}
     batch = prepare_batch(study, dry=True, overrides={"train.epochs": "3"}, **where)
-    assert batch.study.train.epochs == 3 and [row["state"] for row in plan_report(batch, gpu=False)] == ["waiting"] * len(batch.jobs)
+    assert batch.study.train.epochs == 3 and [
+        row["state"] for row in plan_report(batch, gpu=False)
+    ] == ["waiting"] * len(batch.jobs)
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match="GEMINI_API_KEY"):
         prepare_batch(study, **where)
-    assert not (tmp_path / "runs").exists(), "a study refused leaves no folder that would refuse the next one"
+    assert not (tmp_path / "runs").exists(), (
+        "a study refused leaves no folder that would refuse the next one"
+    )
 
 
 # --- estimates ---
@@ -254,9 +302,18 @@ def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
     guess, measured = estimate_seconds(job, batch.study, batch.run, gpu=False)
     assert guess > 0 and not measured
     kind = {"kind": "train smollm2-135m cpu"}
-    write_json(study.parent / "runs/tiny/.jobs/train-human.json", kind | {"n": 2, "wall_s": 40, "stage_s": 2})
-    write_json(study.parent / "runs/huge/.jobs/train-human.json", kind | {"n": 4000, "wall_s": 2040, "stage_s": 2000})
-    write_json(study.parent / "runs/other/.jobs/train-human.json", {"kind": "train another cpu", "n": 8, "wall_s": 1, "stage_s": 1})
+    write_json(
+        study.parent / "runs/tiny/.jobs/train-human.json",
+        kind | {"n": 2, "wall_s": 40, "stage_s": 2},
+    )
+    write_json(
+        study.parent / "runs/huge/.jobs/train-human.json",
+        kind | {"n": 4000, "wall_s": 2040, "stage_s": 2000},
+    )
+    write_json(
+        study.parent / "runs/other/.jobs/train-human.json",
+        {"kind": "train another cpu", "n": 8, "wall_s": 1, "stage_s": 1},
+    )
     n = 4 * batch.study.train.epochs
     assert estimate_seconds(job, batch.study, batch.run, gpu=False) == (38 + 2 * n / 2, True)
     larger = load_study(batch.run.config_file, overrides={"train.epochs": "600"})
@@ -265,11 +322,24 @@ def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
 
 def test_time_left_shares_compute_out_and_adds_the_end(study: Path) -> None:
     batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
-    batch.estimates = {"teachers": 5, "generate human": 60, "eval base": 100, "train human": 100, "eval human": 100, "analyze": 7, "site": 3}
+    batch.estimates = {
+        "teachers": 5,
+        "generate human": 60,
+        "eval base": 100,
+        "train human": 100,
+        "eval human": 100,
+        "analyze": 7,
+        "site": 3,
+    }
     assert seconds_left(batch) == 60 + 300 + 7 + 3
     batch.places = 2
     assert seconds_left(batch) == 60 + 150 + 7 + 3
-    batch.states |= {"eval base": "done", "train human": "failed", "eval human": "skipped", "generate human": "finished"}
+    batch.states |= {
+        "eval base": "done",
+        "train human": "failed",
+        "eval human": "skipped",
+        "generate human": "finished",
+    }
     assert seconds_left(batch) == 5 + 7 + 3
     batch.estimates["site"] = None
     assert seconds_left(batch) is None
@@ -278,7 +348,12 @@ def test_time_left_shares_compute_out_and_adds_the_end(study: Path) -> None:
 def test_limit_is_a_run_of_its_own(study: Path) -> None:
     batch = prepare_batch(study, limit=1, nbs=study.parent / "nbs")
     assert batch.run.path.name == "small-limit1"
-    assert batch.parameters["train human"] == {"config": "../runs/small-limit1/config.toml", "limit": 0, "run_dir": "../runs/small-limit1", "teacher": "human"}
+    assert batch.parameters["train human"] == {
+        "config": "../runs/small-limit1/config.toml",
+        "limit": 0,
+        "run_dir": "../runs/small-limit1",
+        "teacher": "human",
+    }
     assert batch.study.problems.limit == 1
 
 
@@ -289,13 +364,42 @@ def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None
     folder, run_dir = study.parent, study.parent / "runs/small"
     code, text = run(study)
     assert code == 0, text
-    assert sorted(names(folder)) == sorted(["teachers", "generate human", "eval base", "train human", "eval human", "analyze"])
-    for report in ("00_teachers", "01_generate-human", "02_train-human", "03_eval-human", "03_eval-base", "04_analysis"):
-        facts = json.loads((run_dir / f"reports/{report}.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]
-        assert facts["end_time"] and not facts["exception"] and "../runs/small" in (facts["parameters"].get("run_dir"), os.path.dirname(facts["parameters"].get("config", "")))
+    assert sorted(names(folder)) == sorted(
+        ["teachers", "generate human", "eval base", "train human", "eval human", "analyze"]
+    )
+    for report in (
+        "00_teachers",
+        "01_generate-human",
+        "02_train-human",
+        "03_eval-human",
+        "03_eval-base",
+        "04_analysis",
+    ):
+        facts = json.loads((run_dir / f"reports/{report}.ipynb").read_text(encoding="utf-8"))[
+            "metadata"
+        ]["papermill"]
+        assert (
+            facts["end_time"]
+            and not facts["exception"]
+            and "../runs/small"
+            in (
+                facts["parameters"].get("run_dir"),
+                os.path.dirname(facts["parameters"].get("config", "")),
+            )
+        )
         assert not os.path.isabs(facts["output_path"]) and not os.path.isabs(facts["input_path"])
         footer = footer_of(run_dir / f"reports/{report}.ipynb")
-        assert all(row in footer for row in ("| study | small, seed 0 |", "| code | cot", "| packages | torch", "| machine |", "seed = 0", 'name = "small"'))
+        assert all(
+            row in footer
+            for row in (
+                "| study | small, seed 0 |",
+                "| code | cot",
+                "| packages | torch",
+                "| machine |",
+                "seed = 0",
+                'name = "small"',
+            )
+        )
 
     n, begun = len(seen(folder)), time.process_time()
     assert run(study)[0] == 0
@@ -309,24 +413,42 @@ def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None
 
     n = len(seen(folder))
     report = run_dir / "reports/02_train-human.ipynb"
-    report.write_text(report.read_text(encoding="utf-8").replace('"end_time": "2', '"end_time": "", "x": "2'), encoding="utf-8")
+    report.write_text(
+        report.read_text(encoding="utf-8").replace('"end_time": "2', '"end_time": "", "x": "2'),
+        encoding="utf-8",
+    )
     assert run(study)[0] == 0
     assert names(folder, since=n) == ["train human"]
-    assert compare_runs(run_dir, run_dir) == {"settings": {}, "provenance": {}, "stages": {}, "results": {}}
+    assert compare_runs(run_dir, run_dir) == {
+        "settings": {},
+        "provenance": {},
+        "stages": {},
+        "results": {},
+    }
 
 
-def test_failure_keeps_the_report_and_the_rerun_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_keeps_the_report_and_the_rerun_goes_on(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LESSON_API_KEY", "sk-never-to-be-seen-1234")
     folder, run_dir = study.parent, study.parent / "runs/small"
-    orders(folder, train_human={"raise": "ZeroDivisionError", "message": "with key sk-never-to-be-seen-1234"})
+    orders(
+        folder,
+        train_human={"raise": "ZeroDivisionError", "message": "with key sk-never-to-be-seen-1234"},
+    )
     code, text = run(study)
     report = run_dir / "reports/02_train-human.ipynb"
     assert code == 1
-    assert f"train human failed: ZeroDivisionError: with key [key removed] (report: {report})" in text
+    assert (
+        f"train human failed: ZeroDivisionError: with key [key removed] (report: {report})" in text
+    )
     assert "Traceback" not in text
     assert "ZeroDivisionError" in report.read_text(encoding="utf-8")
     assert "| stage | train of human, not finished |" in footer_of(report)
-    assert not report_finished(report, json.loads(report.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"])
+    assert not report_finished(
+        report,
+        json.loads(report.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"],
+    )
     assert "eval human: skipped" in text and "analyze: finished" in text
     left = [p for p in run_dir.rglob("*") if p.is_file() and b"never-to-be-seen" in p.read_bytes()]
     assert left == []
@@ -356,7 +478,9 @@ def test_a_signal_stops_and_saves(study: Path, number: int, code: int) -> None:
     text, _ = launcher.communicate(timeout=40)
     assert launcher.returncode == code, text
     assert "generate human failed: stopped; what was finished is saved" in text
-    assert "Interrupted" in (study.parent / "runs/small/reports/01_generate-human.ipynb").read_text(encoding="utf-8")
+    assert "Interrupted" in (study.parent / "runs/small/reports/01_generate-human.ipynb").read_text(
+        encoding="utf-8"
+    )
     assert processes_of(study) == []
 
 
@@ -373,7 +497,10 @@ def kill_until_done(study: Path, n_kills: int, rng: random.Random, longest_s: fl
 
 
 def test_kill_9_leaves_no_orphans_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    calm, killed = make_project(tmp_path / "calm", "human"), make_project(tmp_path / "killed", "human")
+    calm, killed = (
+        make_project(tmp_path / "calm", "human"),
+        make_project(tmp_path / "killed", "human"),
+    )
     assert run(calm)[0] == 0
     orders(killed.parent, train_human={"seconds": 2}, generate_human={"seconds": 1})
     kill_until_done(killed, 2, random.Random(1), 8)
@@ -386,8 +513,8 @@ def test_a_launcher_that_dies_at_once_leaves_nothing(study: Path, name: str) -> 
     code = f"""
 import os
 from pathlib import Path
-from cot_distill.executors import LocalExecutor
-from cot_distill.pipeline import prepare_batch
+from cot_distill.batch.executors import LocalExecutor
+from cot_distill.batch.run import prepare_batch
 batch = prepare_batch({str(study)!r}, run_dir={str(study.parent / "runs/small")!r}, nbs=Path({str(study.parent / "nbs")!r}))
 job = next(job for job in batch.jobs if job.name == {name!r})
 LocalExecutor(batch.study, batch.run, batch.nbs).start(job, batch.parameters[job.name])
@@ -402,9 +529,17 @@ os._exit(0)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_kill_9_at_many_instants(tmp_path: Path, seed: int) -> None:
-    calm, killed = make_project(tmp_path / "calm", "human", "deepseek"), make_project(tmp_path / "killed", "human", "deepseek")
+    calm, killed = (
+        make_project(tmp_path / "calm", "human", "deepseek"),
+        make_project(tmp_path / "killed", "human", "deepseek"),
+    )
     assert run(calm)[0] == 0
-    orders(killed.parent, train_human={"seconds": 3}, train_deepseek={"seconds": 3}, generate_human={"seconds": 1})
+    orders(
+        killed.parent,
+        train_human={"seconds": 3},
+        train_deepseek={"seconds": 3},
+        generate_human={"seconds": 1},
+    )
     kill_until_done(killed, 6, random.Random(seed), 15)
     assert results(killed) == results(calm)
 
@@ -412,7 +547,10 @@ def test_kill_9_at_many_instants(tmp_path: Path, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_kill_9_of_a_stage(tmp_path: Path, seed: int) -> None:
-    calm, killed = make_project(tmp_path / "calm", "human"), make_project(tmp_path / "killed", "human")
+    calm, killed = (
+        make_project(tmp_path / "calm", "human"),
+        make_project(tmp_path / "killed", "human"),
+    )
     assert run(calm)[0] == 0
     rng = random.Random(seed)
     orders(killed.parent, train_human={"seconds": 2}, eval_human={"seconds": 1})
@@ -428,7 +566,9 @@ def test_kill_9_of_a_stage(tmp_path: Path, seed: int) -> None:
     assert results(killed) == results(calm)
 
 
-def test_two_gpus_train_two_students_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_gpus_train_two_students_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     study = make_project(tmp_path, "a", "b", "c", device="auto")
     for teacher in "abc":
@@ -468,16 +608,28 @@ def test_many_cores_are_shared_out_as_far_as_memory_allows() -> None:
     hands = Hands(gpus=[], n_cores=32, n_jobs=99, memory_gb=20, job_gb=9)
     assert [(hands.take(job) or {}).get("OMP_NUM_THREADS") for job in trains] == ["16", "16", None]
     alone = Hands(gpus=[], n_cores=32, n_jobs=1, memory_gb=999)
-    assert alone.take(trains[0])["OMP_NUM_THREADS"] == "32", "who wants one job at a time gives it all cores"
+    assert alone.take(trains[0])["OMP_NUM_THREADS"] == "32", (
+        "who wants one job at a time gives it all cores"
+    )
     gpus = Hands(gpus=["0", "1", "2", "3"], n_cores=8, n_jobs=99)
     assert {gpus.take(job)["OMP_NUM_THREADS"] for job in trains} == {"2"}
 
 
 @pytest.mark.parametrize(
     ("chosen", "gpus"),
-    [("3,5", ["3", "5"]), (" 0 , 1,", ["0", "1"]), ("", []), ("-1", []), ("1,-1,2", ["1"]), ("0,0", ["0"]), ("MIG-6e7e,GPU-8932f937", ["MIG-6e7e", "GPU-8932f937"])],
+    [
+        ("3,5", ["3", "5"]),
+        (" 0 , 1,", ["0", "1"]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,2", ["1"]),
+        ("0,0", ["0"]),
+        ("MIG-6e7e,GPU-8932f937", ["MIG-6e7e", "GPU-8932f937"]),
+    ],
 )
-def test_the_chosen_gpus_are_read_as_cuda_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[str]) -> None:
+def test_the_chosen_gpus_are_read_as_cuda_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert visible_gpus(load_study(make_project(tmp_path, "a", device="auto"))) == gpus
 
@@ -495,8 +647,19 @@ def test_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_keys_are_found_by_their_names() -> None:
-    found = secret_values({"DEEPSEEK_API_KEY": "sk-12345678", "MY_TOKEN": "abcdefghij", "PATH": "/usr/bin/and/more", "X": "chosen-value"}, names=("X",))
-    assert set(found) >= {"sk-12345678", "abcdefghij", "chosen-value"} and "/usr/bin/and/more" not in found
+    found = secret_values(
+        {
+            "DEEPSEEK_API_KEY": "sk-12345678",
+            "MY_TOKEN": "abcdefghij",
+            "PATH": "/usr/bin/and/more",
+            "X": "chosen-value",
+        },
+        names=("X",),
+    )
+    assert (
+        set(found) >= {"sk-12345678", "abcdefghij", "chosen-value"}
+        and "/usr/bin/and/more" not in found
+    )
 
 
 def test_check_is_quick_when_all_is_done(study: Path) -> None:
@@ -504,7 +667,7 @@ def test_check_is_quick_when_all_is_done(study: Path) -> None:
     assert run(study, stages=["generate"])[0] == 0
     code = f"""
 import sys
-from cot_distill.pipeline import prepare_batch
+from cot_distill.batch.run import prepare_batch
 batch = prepare_batch({str(study)!r}, stages=['generate'], run_dir={str(study.parent / "runs/small")!r}, nbs={str(study.parent / "nbs")!r})
 print(batch.states, [m for m in ('torch', 'papermill', 'transformers', 'pandas') if m in sys.modules])
 """

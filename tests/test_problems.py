@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cot_distill.errors import InputError
-from cot_distill.problems import load_problems, parse_rows, split_solution
+from cot_distill.core.errors import InputError
+from cot_distill.core.problems import load_problems, parse_rows, split_solution
 
 GOOD = {"question": "2 + 3?", "answer": "so 5\n#### 5"}
 
@@ -44,7 +44,14 @@ def test_rows_in_the_forms_that_data_sets_use(row: dict, answer: str, solution: 
         ({"question": "q?", "choices": ["x", "y", "z", "w"], "answer": 2, "subject": "s"}, "C"),
         ({"question": "q?", "choices": ["x", "y"], "answer": "B"}, "B"),
         ({"question": "q?", "choices": ["x", "y"], "answer": "y"}, "B"),
-        ({"question": "q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, "B"),
+        (
+            {
+                "question": "q?",
+                "choices": {"text": ["x", "y"], "label": ["1", "2"]},
+                "answerKey": "2",
+            },
+            "B",
+        ),
     ],
 )
 def test_multiple_choice_in_the_forms_of_mmlu_and_arc(row: dict, letter: str):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cot_distill.config import load_study, parse_study
-from cot_distill.errors import InputError
-from cot_distill.runs import (
+from cot_distill.core.config import load_study, parse_study
+from cot_distill.core.errors import InputError
+from cot_distill.core.runs import (
     RunFolder,
     atomic_path,
     begin_stage,
@@ -41,7 +41,7 @@ TINY = {
 
 def test_a_writer_killed_at_any_instant_leaves_a_whole_file(tmp_path: Path):
     path = tmp_path / "x.json"
-    code = f"from cot_distill.runs import write_json\ni = 0\nwhile True:\n    i += 1\n    write_json({str(path)!r}, {{'i': i, 'pad': 'x' * 200000}})\n"
+    code = f"from cot_distill.core.runs import write_json\ni = 0\nwhile True:\n    i += 1\n    write_json({str(path)!r}, {{'i': i, 'pad': 'x' * 200000}})\n"
     for pause in (0.01, 0.05, 0.11, 0.17):
         writer = subprocess.Popen([sys.executable, "-c", code])
         while not path.exists():
@@ -107,7 +107,7 @@ def test_a_stage_knows_new_half_done_done_and_different(tmp_path: Path):
 
 
 def test_the_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path):
-    code = f"import time\nfrom cot_distill.runs import locked\nwith locked({str(tmp_path / 'x.lock')!r}):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    code = f"import time\nfrom cot_distill.core.runs import locked\nwith locked({str(tmp_path / 'x.lock')!r}):\n    print('held', flush=True)\n    time.sleep(60)\n"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match="another run holds"), locked(tmp_path / "x.lock"):
@@ -138,7 +138,7 @@ def test_a_run_folder_takes_new_teachers_and_refuses_new_science(tmp_path: Path)
 
 
 def test_a_chapter_without_a_run_folder_of_its_own(tmp_path: Path):
-    from cot_distill.config import to_toml
+    from cot_distill.core.config import to_toml
 
     (tmp_path / "lesson.toml").write_text(to_toml(parse_study(TINY | {"name": "lesson"})))
     _, run = open_chapter(str(tmp_path / "lesson.toml"), limit=2)
@@ -148,11 +148,15 @@ def test_a_chapter_without_a_run_folder_of_its_own(tmp_path: Path):
     assert (study.problems.limit, run.path) == (None, tmp_path / "mine")
 
 
-def test_a_report_opened_where_it_lies_belongs_to_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_report_opened_where_it_lies_belongs_to_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = open_run(tmp_path / "runs/tiny", parse_study(TINY))
     run.reports_dir.mkdir()
     monkeypatch.chdir(run.reports_dir)
-    study, found = open_chapter("../runs/tiny/config.toml", run_dir="../runs/tiny")  # as papermill was told, seen from nbs/
+    study, found = open_chapter(
+        "../runs/tiny/config.toml", run_dir="../runs/tiny"
+    )  # as papermill was told, seen from nbs/
     assert study.name == "tiny" and found.path.resolve() == run.path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no study"):
@@ -160,7 +164,7 @@ def test_a_report_opened_where_it_lies_belongs_to_its_run(tmp_path: Path, monkey
 
 
 def test_stages_side_by_side_all_reach_run_json(tmp_path: Path):
-    code = "import sys\nfrom cot_distill.runs import RunFolder, record_run\nfor i in range(5): record_run(RunFolder(sys.argv[1]), 'train', f'{sys.argv[2]}-{i}', wall_s=1.0)\n"
+    code = "import sys\nfrom cot_distill.core.runs import RunFolder, record_run\nfor i in range(5): record_run(RunFolder(sys.argv[1]), 'train', f'{sys.argv[2]}-{i}', wall_s=1.0)\n"
     writers = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in range(4)
     ]

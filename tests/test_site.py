@@ -16,18 +16,20 @@ from bs4 import BeautifulSoup
 from made_run import make_run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from cot_distill.apidocs import api_pages, module_entries
-from cot_distill.errors import InputError
-from cot_distill.frames import load_runs
-from cot_distill.pages import notebook_html, page, readable_html
-from cot_distill.reports import render_reports
-from cot_distill.runs import RunFolder
-from cot_distill.safety import refuse_to_publish, safe_html, scan_text, visible
-from cot_distill.site import freeze_run, make_site, quarto_notebook, stage_site
+from cot_distill.core.errors import InputError
+from cot_distill.core.runs import RunFolder
+from cot_distill.reading.frames import load_runs
+from cot_distill.web.apidocs import api_pages, module_entries
+from cot_distill.web.pages import notebook_html, page, readable_html
+from cot_distill.web.run_pages import render_reports
+from cot_distill.web.safety import refuse_to_publish, safe_html, scan_text, visible
+from cot_distill.web.site import freeze_run, make_site, quarto_notebook, stage_site
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken=1'> \x1b[31mred\x1b[2J \u202e24 = 42\u202c $x$ ]]> &amp; {{ 7*7 }} {{< env HOME >}} ![x](http://x.example/x.png) </details></main>"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def executed(title: str) -> nbformat.NotebookNode:
@@ -35,29 +37,85 @@ def executed(title: str) -> nbformat.NotebookNode:
     table = "<div><style scoped>td {}</style><table border='1' class='dataframe'><tr><td>4</td></tr></table></div>"
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
     cells = [
-        new_markdown_cell(f"# {title}\n> One line\n\n## First\nOn to [scores](03_eval.ipynb), [texts](lib/texts.ipynb).\n\n## Second\n<script>window.broken = 1</script>"),
+        new_markdown_cell(
+            f"# {title}\n> One line\n\n## First\nOn to [scores](03_eval.ipynb), [texts](reading/texts.ipynb).\n\n## Second\n<script>window.broken = 1</script>"
+        ),
         new_code_cell("#| export\ndef secret_sauce():\n    return 1"),
         new_code_cell("#| hide\nhidden_test()"),
         new_code_cell('teacher = "human"', metadata={"tags": ["injected-parameters"]}),
         new_code_cell("print(completion)", outputs=[new_output("stream", text=HOSTILE)]),
-        new_code_cell("completion", outputs=[new_output("execute_result", {"text/plain": repr(HOSTILE), "text/html": table + HOSTILE}, execution_count=1)]),
-        new_code_cell("said(completion)", outputs=[new_output("display_data", {"text/markdown": HOSTILE + "\n\n```{=html}\n<script>window.broken = 1</script>\n```\n\n[x](javascript:x)"})]),
-        new_code_cell('#| label: fig-x\n#| fig-cap: "A dot"\n#| fig-alt: "One dot"\nplot()', outputs=[new_output("execute_result", {"text/plain": "<Axes: xlabel='x'>"}, execution_count=1), new_output("display_data", {"image/png": png, "text/plain": "<Figure>"})]),
-        new_code_cell("bar", outputs=[new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "application/javascript": "window.broken=1"})]),
+        new_code_cell(
+            "completion",
+            outputs=[
+                new_output(
+                    "execute_result",
+                    {"text/plain": repr(HOSTILE), "text/html": table + HOSTILE},
+                    execution_count=1,
+                )
+            ],
+        ),
+        new_code_cell(
+            "said(completion)",
+            outputs=[
+                new_output(
+                    "display_data",
+                    {
+                        "text/markdown": HOSTILE
+                        + "\n\n```{=html}\n<script>window.broken = 1</script>\n```\n\n[x](javascript:x)"
+                    },
+                )
+            ],
+        ),
+        new_code_cell(
+            '#| label: fig-x\n#| fig-cap: "A dot"\n#| fig-alt: "One dot"\nplot()',
+            outputs=[
+                new_output(
+                    "execute_result", {"text/plain": "<Axes: xlabel='x'>"}, execution_count=1
+                ),
+                new_output("display_data", {"image/png": png, "text/plain": "<Figure>"}),
+            ],
+        ),
+        new_code_cell(
+            "bar",
+            outputs=[
+                new_output(
+                    "display_data",
+                    {
+                        "application/vnd.jupyter.widget-view+json": {},
+                        "application/javascript": "window.broken=1",
+                    },
+                )
+            ],
+        ),
     ]
-    return new_notebook(cells=cells, metadata={"papermill": {"end_time": "2026-11-22T20:00:00", "duration": 12.0, "exception": None}})
+    return new_notebook(
+        cells=cells,
+        metadata={
+            "papermill": {"end_time": "2026-11-22T20:00:00", "duration": 12.0, "exception": None}
+        },
+    )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     "A made run with executed reports, hostile text in one answer and one rationale, rendered"
     folder = make_run(tmp_path_factory.mktemp("runs") / "made", 24, 24)
-    for file in (folder / "evals/human/two-step.parquet", folder / "teachers/recorded/rationales.parquet"):
+    for file in (
+        folder / "evals/human/two-step.parquet",
+        folder / "teachers/recorded/rationales.parquet",
+    ):
         table = pd.read_parquet(file)
         table.loc[0, ["completion", "question"]] = HOSTILE
         table.to_parquet(file, index=False)
     (folder / "reports").mkdir()
-    for name in ("00_teachers", "01_generate-human", "02_train-human", "03_eval-human", "03_eval-base", "04_analysis"):
+    for name in (
+        "00_teachers",
+        "01_generate-human",
+        "02_train-human",
+        "03_eval-human",
+        "03_eval-base",
+        "04_analysis",
+    ):
         nbformat.write(executed(name), folder / "reports" / f"{name}.ipynb")
     run = RunFolder(folder)
     render_reports(run)
@@ -66,7 +124,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def pages(run: RunFolder) -> dict[str, BeautifulSoup]:
-    return {path.name: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in run.html_dir.glob("*.html")}
+    return {
+        path.name: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        for path in run.html_dir.glob("*.html")
+    }
 
 
 # ---------------------------------------------------------------- pages of a run
@@ -106,10 +167,16 @@ def test_model_text_is_text(pages: dict[str, BeautifulSoup]) -> None:
     for name, soup in pages.items():
         scripts = soup.find_all("script")
         assert len(scripts) == (name == "problems.html"), name
-        assert not soup.find_all(lambda tag: any(attribute.startswith("on") for attribute in tag.attrs)), name
+        assert not soup.find_all(
+            lambda tag: any(attribute.startswith("on") for attribute in tag.attrs)
+        ), name
         assert not re.search("[\x00-\x08\x1b\u202a-\u202e\u2066-\u2069]", str(soup)), name
     shown = pages["problems.html"].get_text()
-    assert "<script>window.broken = 1</script>" in shown and "[U+202E]24 = 42" in shown and "{{ 7*7 }}" in shown
+    assert (
+        "<script>window.broken = 1</script>" in shown
+        and "[U+202E]24 = 42" in shown
+        and "{{ 7*7 }}" in shown
+    )
 
 
 def test_pages_can_be_read_by_anyone(pages: dict[str, BeautifulSoup]) -> None:
@@ -131,38 +198,68 @@ def test_library_code_is_folded_and_tests_are_left_out(pages: dict[str, Beautifu
     folded = soup.find("details", class_="code")
     assert "secret_sauce" in folded.summary.get_text() and not folded.has_attr("open")
     assert "hidden_test" not in soup.get_text() and "#| " not in soup.get_text()
-    assert soup.find("figure").find("img")["alt"] == "One dot" and soup.find("figcaption").get_text() == "A dot"
+    assert (
+        soup.find("figure").find("img")["alt"] == "One dot"
+        and soup.find("figcaption").get_text() == "A dot"
+    )
     assert "Parameters of this report" in soup.get_text() and "<Axes" not in soup.get_text()
 
 
-def test_the_index_says_what_results_json_says(run: RunFolder, pages: dict[str, BeautifulSoup]) -> None:
+def test_the_index_says_what_results_json_says(
+    run: RunFolder, pages: dict[str, BeautifulSoup]
+) -> None:
     results = json.loads(run.results_json.read_text())
     text = pages["index.html"].find("table").get_text(" ")
     for variant in results["variants"]:
         assert variant["variant"] in text and f"{100 * variant['accuracy']:.1f} %" in text
     assert len(pages["index.html"].find_all("figure")) == 4
-    assert "Texts made by a program" in pages["index.html"].get_text() and "smollm2-135m" in pages["index.html"].get_text()
+    assert (
+        "Texts made by a program" in pages["index.html"].get_text()
+        and "smollm2-135m" in pages["index.html"].get_text()
+    )
 
 
 def test_tables_have_one_row_of_headings() -> None:
-    table = pd.DataFrame({"n": [4], "answer": ["w" * 50]}, index=pd.Index(["base"], name="student")).to_html()
+    table = pd.DataFrame(
+        {"n": [4], "answer": ["w" * 50]}, index=pd.Index(["base"], name="student")
+    ).to_html()
     soup = BeautifulSoup(readable_html(table), "html.parser")
-    assert [cell.get_text() for cell in soup.find("thead").find_all("th")] == ["student", "n", "answer"]
+    assert [cell.get_text() for cell in soup.find("thead").find_all("th")] == [
+        "student",
+        "n",
+        "answer",
+    ]
     assert soup.find("tbody").th["scope"] == "row" and "wordy" in soup.table["class"]
-    assert "no rows" in readable_html(pd.DataFrame(columns=["n"]).to_html()) and "<table" not in readable_html(pd.DataFrame().to_html())
+    assert "no rows" in readable_html(
+        pd.DataFrame(columns=["n"]).to_html()
+    ) and "<table" not in readable_html(pd.DataFrame().to_html())
     plain = BeautifulSoup(readable_html(pd.DataFrame({"n": [4]}).to_html()), "html.parser")
-    assert [cell.get_text() for cell in plain.find_all("th")] == ["n", "0"] and "wordy" not in plain.table["class"]
+    assert [cell.get_text() for cell in plain.find_all("th")] == [
+        "n",
+        "0",
+    ] and "wordy" not in plain.table["class"]
 
 
 def test_a_stopped_stage_is_shown_as_one(tmp_path: Path) -> None:
-    error = new_output("error", ename="InputError", evalue="no key", traceback=["\x1b[31mTraceback\x1b[0m"])
+    error = new_output(
+        "error", ename="InputError", evalue="no key", traceback=["\x1b[31mTraceback\x1b[0m"]
+    )
     html = notebook_html(new_notebook(cells=[new_code_cell("run()", outputs=[error])]))
     soup = BeautifulSoup(html, "html.parser")
-    assert "This stage stopped here" in soup.find(role="alert").get_text() and "no key" in soup.get_text()
+    assert (
+        "This stage stopped here" in soup.find(role="alert").get_text()
+        and "no key" in soup.get_text()
+    )
     assert soup.find("details").find("pre")  # the traceback is there, folded
     assert soup.find("a", href="#stopped")
-    banner = new_markdown_cell('<span id="papermill-error-cell">An Exception was encountered</span>', metadata={"tags": ["papermill-error-cell-tag"]})
-    stopped = new_notebook(cells=[banner, new_markdown_cell("# Eval"), new_code_cell("run()", outputs=[error])], metadata={"papermill": {"exception": True}})
+    banner = new_markdown_cell(
+        '<span id="papermill-error-cell">An Exception was encountered</span>',
+        metadata={"tags": ["papermill-error-cell-tag"]},
+    )
+    stopped = new_notebook(
+        cells=[banner, new_markdown_cell("# Eval"), new_code_cell("run()", outputs=[error])],
+        metadata={"papermill": {"exception": True}},
+    )
     run = make_run(tmp_path / "run", 8, 8)
     (run / "reports").mkdir()
     nbformat.write(stopped, run / "reports" / "03_eval-human.ipynb")
@@ -190,12 +287,37 @@ def test_rendering_again_changes_nothing_and_removes_what_is_gone(run: RunFolder
 def test_a_browser_opens_pages_without_errors_or_requests(run: RunFolder, tmp_path: Path) -> None:
     for name in ("index.html", "02_train-human.html", "problems.html"):
         net, shot = tmp_path / f"{name}.json", tmp_path / f"{name}.png"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr", f"--log-net-log={net}", f"--user-data-dir={tmp_path / 'profile'}"]
-        done = subprocess.run([CHROMIUM, *flags, "--window-size=1200,1600", f"--screenshot={shot}", (run.html_dir / name).as_uri()], capture_output=True, text=True, timeout=120)
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--enable-logging=stderr",
+            f"--log-net-log={net}",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        ]
+        done = subprocess.run(
+            [
+                CHROMIUM,
+                *flags,
+                "--window-size=1200,1600",
+                f"--screenshot={shot}",
+                (run.html_dir / name).as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert shot.stat().st_size > 10_000, done.stderr
-        assert ":CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        asked = set(re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', net.read_text(errors="replace")))
-        assert not {url for url in asked if not re.search(r"google|gstatic|chrome", url)}, asked  # the browser's own errands
+        assert ":CONSOLE" not in done.stderr, [
+            line for line in done.stderr.splitlines() if "CONSOLE" in line
+        ]
+        asked = set(
+            re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', net.read_text(errors="replace"))
+        )
+        assert not {url for url in asked if not re.search(r"google|gstatic|chrome", url)}, (
+            asked
+        )  # the browser's own errands
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
@@ -203,9 +325,20 @@ def test_the_filter_of_the_problems_page_works(run: RunFolder, tmp_path: Path) -
     html = (run.html_dir / "problems.html").read_text(encoding="utf-8")
     probe = "const s = document.querySelector('select[data-variant=\"base\"]'); s.value = 'right'; s.dispatchEvent(new Event('input', {bubbles: true})); document.title = count.textContent;"
     copy = tmp_path / "problems.html"
-    copy.write_text(html.replace("filter();\n</script>", f"filter();\n{probe}</script>"), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *flags, copy.as_uri()], capture_output=True, text=True, timeout=120)
+    copy.write_text(
+        html.replace("filter();\n</script>", f"filter();\n{probe}</script>"), encoding="utf-8"
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *flags, copy.as_uri()], capture_output=True, text=True, timeout=120
+    )
     evals = load_runs([run.path]).evals.query("variant == 'base' and problem_set == 'two-step'")
     assert f"<title>{evals['is_correct'].sum()} of {24 + 24} problems</title>" in done.stdout
 
@@ -238,26 +371,61 @@ def test_leaks_are_found(text: str, kind: str, tmp_path: Path) -> None:
     assert kind in str(caught.value) and (kind != "key" or text not in str(caught.value))
 
 
-@pytest.mark.parametrize("text", ["risk-free", "a task-12345678 of 10.5", "https://example.com/home/index.html", "/usr/lib/python3", "the /home page", "10.0.3", "x = self.local", "version 10.12.1", "sk-lesson-0123456789", "/home/ada/x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "risk-free",
+        "a task-12345678 of 10.5",
+        "https://example.com/home/index.html",
+        "/usr/lib/python3",
+        "the /home page",
+        "10.0.3",
+        "x = self.local",
+        "version 10.12.1",
+        "sk-lesson-0123456789",
+        "/home/ada/x",
+    ],
+)
 def test_innocent_text_passes(text: str) -> None:
     assert list(scan_text(text)) == []
 
 
 def test_a_key_in_the_environment_is_found_by_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "quite-ordinary-words")
-    assert [f.kind for f in scan_text("sent quite-ordinary-words along")] == ["value of SOME_API_KEY"]
+    assert [f.kind for f in scan_text("sent quite-ordinary-words along")] == [
+        "value of SOME_API_KEY"
+    ]
 
 
 def test_a_leak_in_a_table_is_found(tmp_path: Path) -> None:
-    pd.DataFrame({"completion": ["see /" + "home/grace/x"], "n": [1]}).to_parquet(tmp_path / "t.parquet")
+    pd.DataFrame({"completion": ["see /" + "home/grace/x"], "n": [1]}).to_parquet(
+        tmp_path / "t.parquet"
+    )
     with pytest.raises(InputError, match="home folder"):
         refuse_to_publish([tmp_path], tmp_path)
 
 
-@pytest.mark.parametrize("html", ["<script>x</script>", "<img src=x onerror=x>", "<svg onload=x>", "<a href='javascript:x'>", "<iframe src=x>", "<style>@import 'x'</style>", "<p style='background:url(http://x)'>", "<object data=x>", "<form action=x>", "<base href=x>", "<meta http-equiv=refresh>"])
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<script>x</script>",
+        "<img src=x onerror=x>",
+        "<svg onload=x>",
+        "<a href='javascript:x'>",
+        "<iframe src=x>",
+        "<style>@import 'x'</style>",
+        "<p style='background:url(http://x)'>",
+        "<object data=x>",
+        "<form action=x>",
+        "<base href=x>",
+        "<meta http-equiv=refresh>",
+    ],
+)
 def test_markup_that_runs_or_loads_is_taken_out(html: str) -> None:
     soup = BeautifulSoup(safe_html(html), "html.parser")
-    assert not soup.find_all(["script", "img", "svg", "iframe", "style", "object", "form", "base", "meta"])
+    assert not soup.find_all(
+        ["script", "img", "svg", "iframe", "style", "object", "form", "base", "meta"]
+    )
     assert "javascript:" not in str(soup) and "url(" not in str(soup)
 
 
@@ -275,15 +443,23 @@ def test_titles_are_escaped() -> None:
 
 def test_a_frozen_run_is_small_and_says_the_same(run: RunFolder, tmp_path: Path) -> None:
     frozen = freeze_run(run, tmp_path / "frozen")
-    size = sum(path.stat().st_size for path in frozen.rglob("*") if path.is_file() and path.suffix != ".ipynb")
+    size = sum(
+        path.stat().st_size
+        for path in frozen.rglob("*")
+        if path.is_file() and path.suffix != ".ipynb"
+    )
     assert size < 200_000
     a, b = load_runs([run.path]), load_runs([frozen])
     pd.testing.assert_frame_equal(a.results.drop(columns="run"), b.results.drop(columns="run"))
     pd.testing.assert_frame_equal(a.evals.drop(columns="run"), b.evals.drop(columns="run"))
-    assert (frozen / "accuracy.svg").exists() and (frozen / "reports" / "04_analysis.ipynb").exists()
+    assert (frozen / "accuracy.svg").exists() and (
+        frozen / "reports" / "04_analysis.ipynb"
+    ).exists()
 
 
-def test_freezing_too_much_or_a_leak_is_refused_and_the_old_copy_stays(run: RunFolder, tmp_path: Path) -> None:
+def test_freezing_too_much_or_a_leak_is_refused_and_the_old_copy_stays(
+    run: RunFolder, tmp_path: Path
+) -> None:
     frozen = freeze_run(run, tmp_path / "frozen")
     with pytest.raises(InputError, match="more than 1,000"):
         freeze_run(run, frozen, max_bytes=1000)
@@ -305,22 +481,32 @@ def staged(tmp_path_factory: pytest.TempPathFactory, run: RunFolder) -> Path:
     "The project's site, with a published study made from the made run"
     checkout = tmp_path_factory.mktemp("checkout")
     for name in ("nbs", "cot_distill", "site"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name,
+            checkout / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
     for name in ("_quarto.yml", "index.qmd", "README.md", "settings.ini"):
         shutil.copy(ROOT / name, checkout / name)
     shutil.copytree(ROOT / "reports" / "original-study", checkout / "reports" / "original-study")
     freeze_run(run, checkout / "reports" / "demo")
     freeze_run(run, checkout / "reports" / "family" / "small")
-    (checkout / "reports" / "family" / "README.md").write_text("# Family\n\nOne question, two sizes.\n")
+    (checkout / "reports" / "family" / "README.md").write_text(
+        "# Family\n\nOne question, two sizes.\n"
+    )
     nbformat.write(executed("Over all"), checkout / "reports" / "family" / "04_analysis.ipynb")
     return stage_site(checkout / "_proc", checkout)
 
 
 def staged_texts(staged: Path) -> dict[Path, str]:
     "Markdown of all staged pages"
-    texts = {path: path.read_text(encoding="utf-8") for path in staged.rglob("*.qmd")} | {staged / "README.md": (staged / "README.md").read_text(encoding="utf-8")}
+    texts = {path: path.read_text(encoding="utf-8") for path in staged.rglob("*.qmd")} | {
+        staged / "README.md": (staged / "README.md").read_text(encoding="utf-8")
+    }
     for path in staged.rglob("*.ipynb"):
-        texts[path] = "\n\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+        texts[path] = "\n\n".join(
+            cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"
+        )
     return texts
 
 
@@ -330,11 +516,17 @@ def test_the_project_file_is_plain_and_its_pages_exist(staged: Path) -> None:
     assert project["format"]["html"]["html-math-method"] == "mathml"
     assert project["format"]["html"]["html-table-processing"] == "none"
     assert "pre-render" not in project["project"]  # that line only sends people here
-    assert project["website"]["search"] and set(project["format"]["html"]["theme"]) == {"light", "dark"}
+    assert project["website"]["search"] and set(project["format"]["html"]["theme"]) == {
+        "light",
+        "dark",
+    }
     text = json.dumps(project)
     for path in re.findall(r'"((?:nbs|site|api|reports)?/?[\w/]+\.(?:ipynb|qmd|scss))"', text):
         assert (staged / path).exists(), path
-    for pattern in [*project["project"]["render"], *(found + "/*" for found in re.findall(r'"((?:nbs|api|reports)[\w/]*/\*\*)"', text))]:
+    for pattern in [
+        *project["project"]["render"],
+        *(found + "/*" for found in re.findall(r'"((?:nbs|api|reports)[\w/]*/\*\*)"', text)),
+    ]:
         assert list(staged.glob(pattern)), pattern
     rendered = {path for pattern in project["project"]["render"] for path in staged.glob(pattern)}
     pages = {path for path in staged.rglob("*") if path.suffix in (".ipynb", ".qmd")}
@@ -349,7 +541,10 @@ def test_every_link_and_image_of_the_site_resolves(staged: Path) -> None:
             if re.match(r"[a-z]+:|#", href):
                 continue
             n_links += 1
-            assert (path.parent / unquote(href.partition("#")[0])).is_file(), (path.relative_to(staged), href)
+            assert (path.parent / unquote(href.partition("#")[0])).is_file(), (
+                path.relative_to(staged),
+                href,
+            )
     assert n_links > 40
     assert "/blob/main/configs/gsm8k.toml)" in (staged / "README.md").read_text(encoding="utf-8")
 
@@ -360,33 +555,71 @@ def test_staged_notebooks_are_pages_quarto_understands(staged: Path) -> None:
         nbformat.validate(notebook)
         front = notebook.cells[0]
         assert front.cell_type == "raw" and yaml.safe_load(front.source.strip("-\n"))["title"], path
-        labels = re.findall(r"^#\| label: (.*)$", "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"), flags=re.MULTILINE)
+        labels = re.findall(
+            r"^#\| label: (.*)$",
+            "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"),
+            flags=re.MULTILINE,
+        )
         assert len(labels) == len(set(labels)), (path, labels)  # Quarto stops at the second of two
         for cell in notebook.cells[1:]:
-            options = re.findall(r"^#\| (.*)$", cell.source, flags=re.MULTILINE) if cell.cell_type == "code" else []
+            options = (
+                re.findall(r"^#\| (.*)$", cell.source, flags=re.MULTILINE)
+                if cell.cell_type == "code"
+                else []
+            )
             assert isinstance(yaml.safe_load("\n".join(options)) or {}, dict), (path, options)
-            assert cell.cell_type != "markdown" or not re.search(r"^# ", re.sub(r"```.*?```", "", cell.source, flags=re.DOTALL), flags=re.MULTILINE), (path, cell.source[:80])
+            assert cell.cell_type != "markdown" or not re.search(
+                r"^# ", re.sub(r"```.*?```", "", cell.source, flags=re.DOTALL), flags=re.MULTILINE
+            ), (path, cell.source[:80])
 
 
 def test_nothing_of_the_site_runs_loads_or_deceives(staged: Path) -> None:
     for path in staged.rglob("*.ipynb"):
-        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
-        assert not re.search("javascript|widget-view|\u202e|\\\\u001b", json.dumps(outputs, ensure_ascii=False), flags=re.IGNORECASE), path
-        markup = " ".join(v for o in outputs for k, v in o.get("data", {}).items() if k in ("text/html", "text/markdown", "image/svg+xml"))
-        assert "<script" not in markup.lower() and "javascript:" not in markup and "<img" not in markup, path
-        assert "{{" + "<" not in path.read_text(encoding="utf-8"), path  # Quarto would put the value of a variable there
-        assert not re.search(r"<(?:img|link|iframe|image|use)\b[^>]*(?:src|href)=[\"']https?:", markup), path
+        outputs = [
+            output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
+        ]
+        assert not re.search(
+            "javascript|widget-view|\u202e|\\\\u001b",
+            json.dumps(outputs, ensure_ascii=False),
+            flags=re.IGNORECASE,
+        ), path
+        markup = " ".join(
+            v
+            for o in outputs
+            for k, v in o.get("data", {}).items()
+            if k in ("text/html", "text/markdown", "image/svg+xml")
+        )
+        assert (
+            "<script" not in markup.lower() and "javascript:" not in markup and "<img" not in markup
+        ), path
+        assert "{{" + "<" not in path.read_text(encoding="utf-8"), (
+            path
+        )  # Quarto would put the value of a variable there
+        assert not re.search(
+            r"<(?:img|link|iframe|image|use)\b[^>]*(?:src|href)=[\"']https?:", markup
+        ), path
 
 
 def test_figures_of_the_site_have_descriptions(staged: Path) -> None:
     for path in [*staged.glob("nbs/*.ipynb"), *staged.glob("reports/*/*.ipynb")]:
         for cell in nbformat.read(path, 4).cells:
-            if any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
-                assert "#| fig-alt:" in cell.source and "#| fig-cap:" in cell.source, (path, cell.source[:200])
+            if any(
+                kind.startswith("image/")
+                for output in cell.get("outputs", [])
+                for kind in output.get("data", {})
+            ):
+                assert "#| fig-alt:" in cell.source and "#| fig-cap:" in cell.source, (
+                    path,
+                    cell.source[:200],
+                )
 
 
 def test_every_module_has_a_reference_page_with_all_its_functions(staged: Path) -> None:
-    modules = {path.stem: path for path in (ROOT / "cot_distill").glob("*.py") if not path.name.startswith("_")}
+    modules = {
+        path.stem: path
+        for path in (ROOT / "cot_distill").glob("*.py")
+        if not path.name.startswith("_")
+    }
     assert {path.stem for path in (staged / "api").glob("*.qmd")} == {*modules, "index"}
     for name, path in modules.items():
         page_text = (staged / "api" / f"{name}.qmd").read_text(encoding="utf-8")
@@ -394,11 +627,15 @@ def test_every_module_has_a_reference_page_with_all_its_functions(staged: Path) 
             assert entry.name in page_text, (name, entry.name)
         for line in page_text.splitlines():
             if line.startswith("| `"):
-                assert len(re.findall(r"(?<!\\)\|", re.sub(r"(`+).*?\1", "", line))) == 5, line  # pandoc divides no cell within code
+                assert len(re.findall(r"(?<!\\)\|", re.sub(r"(`+).*?\1", "", line))) == 5, (
+                    line
+                )  # pandoc divides no cell within code
 
 
 def test_reference_pages_import_nothing(tmp_path: Path) -> None:
-    (tmp_path / "harmful.py").write_text('"""Doc"""\n# AUTOGENERATED!\nraise SystemExit("imported")\ndef f(x: "int | None" = None):  # a | b\n    "Say <b>"\n')
+    (tmp_path / "harmful.py").write_text(
+        '"""Doc"""\n# AUTOGENERATED!\nraise SystemExit("imported")\ndef f(x: "int | None" = None):  # a | b\n    "Say <b>"\n'
+    )
     text = api_pages(tmp_path)["harmful.qmd"]
     assert "`int | None`" in text and "Say \\<b\\>" in text
 
@@ -412,19 +649,25 @@ def test_staging_outside_a_checkout_and_leaks_are_refused(staged: Path, tmp_path
         (checkout / "README.md").write_text(readme + "\nsk-" + "abcdefgh12345678")
         with pytest.raises(InputError, match=r"README\.md:\d+: key"):
             stage_site(checkout / "_proc", checkout)
-        assert "sk-q1w" not in (staged / "README.md").read_text(encoding="utf-8")  # the former tree stays
+        assert "sk-q1w" not in (staged / "README.md").read_text(
+            encoding="utf-8"
+        )  # the former tree stays
     finally:
         (checkout / "README.md").write_text(readme, encoding="utf-8")
 
 
-def test_without_quarto_one_is_told_how_to_go_on(staged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_quarto_one_is_told_how_to_go_on(
+    staged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(staged.parent)
     monkeypatch.setenv("PATH", str(tmp_path))
     said = make_site()
     assert "pip install quarto-cli" in said and "html/index.html" in said
 
 
-def test_quarto_is_asked_to_render_the_staged_tree(staged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_quarto_is_asked_to_render_the_staged_tree(
+    staged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     fake = tmp_path / "quarto"
     fake.write_text('#!/bin/sh\nmkdir -p "$2/_site" && echo page > "$2/_site/index.html"\n')
     fake.chmod(0o755)
@@ -440,25 +683,52 @@ def test_quarto_is_asked_to_render_the_staged_tree(staged: Path, monkeypatch: py
 def test_library_cells_are_folded_and_directives_gone() -> None:
     notebook = quarto_notebook(executed("Train"), "Train · human")
     sources = [cell.source for cell in notebook.cells]
-    assert any(source.startswith('#| code-fold: true\n#| code-summary: "Library code: secret_sauce"') and "secret_sauce" in source for source in sources)
+    assert any(
+        source.startswith('#| code-fold: true\n#| code-summary: "Library code: secret_sauce"')
+        and "secret_sauce" in source
+        for source in sources
+    )
     assert not any("#| export" in source or "hidden_test" in source for source in sources)
-    assert yaml.safe_load(sources[0].strip("-\n")) == {"title": "Train · human", "description": "One line"}
-    footer = quarto_notebook(new_notebook(cells=[new_markdown_cell("# A"), new_markdown_cell("---\n**Where this comes from**")]))
-    assert footer.cells[-1].source == "* * *\n\n**Where this comes from**"  # no second block of metadata
+    assert yaml.safe_load(sources[0].strip("-\n")) == {
+        "title": "Train · human",
+        "description": "One line",
+    }
+    footer = quarto_notebook(
+        new_notebook(
+            cells=[new_markdown_cell("# A"), new_markdown_cell("---\n**Where this comes from**")]
+        )
+    )
+    assert (
+        footer.cells[-1].source == "* * *\n\n**Where this comes from**"
+    )  # no second block of metadata
 
 
 def test_studies_that_belong_together_have_a_page(staged: Path) -> None:
     folder = staged / "reports" / "family"
     overview = (folder / "index.qmd").read_text(encoding="utf-8")
-    assert "One question, two sizes." in overview and "(small/index.qmd)" in overview and "(04_analysis.ipynb)" in overview
-    assert (folder / "04_analysis.ipynb").exists() and (folder / "small" / "02_train-human.ipynb").exists()
+    assert (
+        "One question, two sizes." in overview
+        and "(small/index.qmd)" in overview
+        and "(04_analysis.ipynb)" in overview
+    )
+    assert (folder / "04_analysis.ipynb").exists() and (
+        folder / "small" / "02_train-human.ipynb"
+    ).exists()
     train = nbformat.read(folder / "small" / "02_train-human.ipynb", 4)
-    links = re.findall(r"\]\(([^)]+)\)", "".join(cell.source for cell in train.cells if cell.cell_type == "markdown"))
-    assert links == ["03_eval-human.ipynb", "../../../nbs/lib/texts.ipynb"]  # the same teacher's next page; the chapter
+    links = re.findall(
+        r"\]\(([^)]+)\)",
+        "".join(cell.source for cell in train.cells if cell.cell_type == "markdown"),
+    )
+    assert links == [
+        "03_eval-human.ipynb",
+        "../../../nbs/reading/texts.ipynb",
+    ]  # the same teacher's next page; the chapter
 
 
 def test_rendering_the_sources_themselves_is_refused_with_a_word() -> None:
-    first = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"]["pre-render"]
+    first = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"][
+        "pre-render"
+    ]
     done = subprocess.run([sys.executable, ROOT / first], capture_output=True, text=True)
     assert done.returncode == 1 and "make site" in done.stderr
 
@@ -467,33 +737,73 @@ def test_rendering_the_sources_themselves_is_refused_with_a_word() -> None:
 
 
 def test_several_runs_are_analysed_together(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name, n, 40, seed) for name, n, seed in (("small", 12, 0), ("full", 60, 1))]
-    command = [Path(sys.executable).parent / "cot-distill", "analyze", *runs, "--out", tmp_path / "out"]
+    runs = [
+        make_run(tmp_path / name, n, 40, seed)
+        for name, n, seed in (("small", 12, 0), ("full", 60, 1))
+    ]
+    command = [
+        Path(sys.executable).parent / "cot-distill",
+        "analyze",
+        *runs,
+        "--out",
+        tmp_path / "out",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     html = Path(done.stdout.strip()).read_text(encoding="utf-8")
     soup = BeautifulSoup(html, "html.parser")
     tables = [table for table in soup.find_all("table") if "examples" in table.get_text()]
-    assert [row.th.get_text() for row in tables[0].tbody.find_all("tr")] == ["small", "small", "full", "full"]
+    assert [row.th.get_text() for row in tables[0].tbody.find_all("tr")] == [
+        "small",
+        "small",
+        "full",
+        "full",
+    ]
     assert "4 differences in 2 runs" in soup.get_text() and "12 problems" in soup.get_text()
-    assert not re.search(r"(?<!\.\.)" + re.escape(str(tmp_path)), html), "a path from the root; one that climbs there with ../ is relative"
+    assert not re.search(r"(?<!\.\.)" + re.escape(str(tmp_path)), html), (
+        "a path from the root; one that climbs there with ../ is relative"
+    )
     assert not soup.find("script")
-    wrong = subprocess.run([*command[:2], runs[0], tmp_path / "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert wrong.returncode == 2 and "nowhere is no run folder" in wrong.stderr and "Traceback" not in wrong.stderr
+    wrong = subprocess.run(
+        [*command[:2], runs[0], tmp_path / "nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (
+        wrong.returncode == 2
+        and "nowhere is no run folder" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )
 
 
 # ---------------------------------------------------------------- benchmarks
 
 
-def test_the_page_of_benchmarks_says_what_was_missed_and_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_of_benchmarks_says_what_was_missed_and_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import common
 
     assert "Not run yet: `python benchmarks/train.py`" in common.shown("train", tmp_path)
-    goals = [common.goal("speed, times", 2.0, 2.5), common.goal("load, %", 40.0, None), common.goal("waste, %", 1.0, 3.0, at_most=True)]
-    common.report("train", [{"variant": "a|b", "speed": 2.5}], goals, [common.skipped("GPU", "there is none")], folder=tmp_path)
+    goals = [
+        common.goal("speed, times", 2.0, 2.5),
+        common.goal("load, %", 40.0, None),
+        common.goal("waste, %", 1.0, 3.0, at_most=True),
+    ]
+    common.report(
+        "train",
+        [{"variant": "a|b", "speed": 2.5}],
+        goals,
+        [common.skipped("GPU", "there is none")],
+        folder=tmp_path,
+    )
     text = common.shown("train", tmp_path)
-    assert text.startswith("1 of 3 goals reached. **Not reached:** load, %: wanted 40, measured –; waste, %: wanted 1, measured 3.")
+    assert text.startswith(
+        "1 of 3 goals reached. **Not reached:** load, %: wanted 40, measured –; waste, %: wanted 1, measured 3."
+    )
     assert "| a\\|b | 2.5 |" in text and "Not run: GPU (there is none)" in text
 
 
@@ -512,7 +822,17 @@ def test_the_readme_is_short_and_its_links_hold() -> None:
 
 def test_the_batch_makes_the_pages_in_a_process_of_its_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "made", 12, 16)
-    command = [Path(sys.executable).parent / "cot-distill", "run", run / "config.toml", "--run-dir", run, "--stages", "site"]
+    command = [
+        Path(sys.executable).parent / "cot-distill",
+        "run",
+        run / "config.toml",
+        "--run-dir",
+        run,
+        "--stages",
+        "site",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip().endswith("html/index.html") and (run / "html" / "index.html").is_file()
+    assert (
+        done.stdout.strip().endswith("html/index.html") and (run / "html" / "index.html").is_file()
+    )

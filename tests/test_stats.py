@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as sps
 
-from cot_distill.stats import (
+from cot_distill.core.stats import (
     holm,
     majority_answer,
     minimum_detectable_difference,
@@ -76,7 +76,9 @@ def test_paired_difference_is_repeatable_and_antisymmetric() -> None:
 def test_no_difference_is_no_finding(answers: list[bool]) -> None:
     result = paired_difference(answers, answers)
     most = wilson(0, len(answers))[1]
-    assert (result.delta, result.ci95, result.p_mcnemar) == (0.0, (-most, most), 1.0), "seven equal answers do not prove that all are equal"
+    assert (result.delta, result.ci95, result.p_mcnemar) == (0.0, (-most, most), 1.0), (
+        "seven equal answers do not prove that all are equal"
+    )
 
 
 @pytest.mark.parametrize(

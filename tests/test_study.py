@@ -12,14 +12,17 @@ import psutil
 import pytest
 from tiny_student import make_student
 
-from cot_distill.config import StudyConfig, load_study, parse_study, to_toml
+from cot_distill.batch.run import compare_runs
+from cot_distill.core.config import StudyConfig, load_study, parse_study, to_toml
+from cot_distill.core.runs import RunFolder, open_run, read_json, read_parquet, write_json
 from cot_distill.eval import run_eval, write_results
 from cot_distill.generate import run_generate
-from cot_distill.pipeline import compare_runs
-from cot_distill.runs import RunFolder, open_run, read_json, read_parquet, write_json
 from cot_distill.train import run_train
 
-TEACHERS = {"human": {"provider": "human"}, "recorded": {"provider": "recorded", "path": "package:two-step-qwen2.5-coder-1.5b.jsonl"}}
+TEACHERS = {
+    "human": {"provider": "human"},
+    "recorded": {"provider": "recorded", "path": "package:two-step-qwen2.5-coder-1.5b.jsonl"},
+}
 
 
 def study_of(student: Path, **settings: object) -> StudyConfig:
@@ -61,16 +64,29 @@ def losses(run: RunFolder, teacher: str) -> list[float]:
     return [step["loss"] for step in read_json(run.training_log(teacher))["steps"]]
 
 
-def test_same_config_same_seed_same_numbers(student: Path, first: RunFolder, tmp_path: Path) -> None:
+def test_same_config_same_seed_same_numbers(
+    student: Path, first: RunFolder, tmp_path: Path
+) -> None:
     again = complete(study_of(student), tmp_path / "whole")
     for teacher in TEACHERS:
-        texts = [read_parquet(run.rationales(teacher)).drop(columns=["latency_s"]) for run in (first, again)]
+        texts = [
+            read_parquet(run.rationales(teacher)).drop(columns=["latency_s"])
+            for run in (first, again)
+        ]
         assert texts[0].equals(texts[1])
-        assert losses(first, teacher) == losses(again, teacher) and len(set(losses(first, teacher))) > 1
+        assert (
+            losses(first, teacher) == losses(again, teacher)
+            and len(set(losses(first, teacher))) > 1
+        )
     for variant in ("base", *TEACHERS):
         answers = [read_parquet(run.eval_file(variant, "two-step")) for run in (first, again)]
         assert answers[0].equals(answers[1])
-    assert compare_runs(first.path, again.path) == {"settings": {}, "provenance": {}, "stages": {}, "results": {}}
+    assert compare_runs(first.path, again.path) == {
+        "settings": {},
+        "provenance": {},
+        "stages": {},
+        "results": {},
+    }
 
 
 def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Path) -> None:
@@ -83,64 +99,130 @@ def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Pa
     for stage in facts["stages"].values():
         stage["provenance"]["packages"]["torch"] = "9.9"
     write_json(other.run_json, facts)
-    assert list(compare_runs(first.path, other.path)["provenance"]) == ["packages.torch"], "said once, not once a stage"
+    assert list(compare_runs(first.path, other.path)["provenance"]) == ["packages.torch"], (
+        "said once, not once a stage"
+    )
 
 
 def test_run_json_says_where_everything_comes_from(first: RunFolder) -> None:
     "Resolved study, commit, versions, data, seed, machine, time, tokens, dollars"
     facts = read_json(first.run_json)
     assert facts["study"]["train"]["learning_rate"] == 0.01 and facts["study"]["seed"] == 0
-    assert set(facts["stages"]) == {"eval two-step/base"} | {f"{stage}/{t}" for t in TEACHERS for stage in ("generate", "train", "eval two-step")}
+    assert set(facts["stages"]) == {"eval two-step/base"} | {
+        f"{stage}/{t}" for t in TEACHERS for stage in ("generate", "train", "eval two-step")
+    }
     for name, stage in facts["stages"].items():
         source = stage["provenance"]
-        assert {"commit", "dirty", "packages", "hardware", "python"} <= source.keys() and source["packages"]["torch"]
+        assert {"commit", "dirty", "packages", "hardware", "python"} <= source.keys() and source[
+            "packages"
+        ]["torch"]
         assert stage["wall_s"] > 0 and stage["inputs"], name
     train = facts["stages"]["train/recorded"]["inputs"]
     assert train["seed"] == 0 and len(train["data"]) == 16
     assert len(facts["stages"]["generate/recorded"]["inputs"]["problems"]["content"]) == 16
-    assert len({facts["stages"][f"eval two-step/{v}"]["data"] for v in ("base", *TEACHERS)}) == 1, "all answered the same problems"
-    assert facts["totals"]["completion_tokens"] == sum(stage.get("completion_tokens", 0) for stage in facts["stages"].values()) > 0
-    assert facts["totals"]["wall_s"] == pytest.approx(sum(stage["wall_s"] for stage in facts["stages"].values()), abs=1e-3)
+    assert len({facts["stages"][f"eval two-step/{v}"]["data"] for v in ("base", *TEACHERS)}) == 1, (
+        "all answered the same problems"
+    )
+    assert (
+        facts["totals"]["completion_tokens"]
+        == sum(stage.get("completion_tokens", 0) for stage in facts["stages"].values())
+        > 0
+    )
+    assert facts["totals"]["wall_s"] == pytest.approx(
+        sum(stage["wall_s"] for stage in facts["stages"].values()), abs=1e-3
+    )
 
 
-def test_the_footer_of_a_report_is_text_whatever_the_study_says(student: Path, tmp_path: Path) -> None:
+def test_the_footer_of_a_report_is_text_whatever_the_study_says(
+    student: Path, tmp_path: Path
+) -> None:
     from nbformat.v4 import new_markdown_cell, new_notebook
 
-    from cot_distill.footer import footer_text
-    from cot_distill.pages import notebook_html
+    from cot_distill.batch.footer import footer_text
+    from cot_distill.web.pages import notebook_html
 
-    run = open_run(tmp_path / "whole", study_of(student, description="</pre></details><script>alert(1)</script>\n\n| x |"))
+    run = open_run(
+        tmp_path / "whole",
+        study_of(student, description="</pre></details><script>alert(1)</script>\n\n| x |"),
+    )
     text = footer_text(run, "train", "human", finished=False)
     html = notebook_html(new_notebook(cells=[new_markdown_cell(text)]))
     assert "<script" not in text + html and "&lt;script&gt;" in html
-    assert html.index("<details>") < html.index("learning_rate = 0.01") < html.index("</details>"), "the resolved study stays behind its fold"
+    assert (
+        html.index("<details>") < html.index("learning_rate = 0.01") < html.index("</details>")
+    ), "the resolved study stays behind its fold"
 
 
 @pytest.mark.slow
 def test_one_student_on_two_processes(student: Path, first: RunFolder, tmp_path: Path) -> None:
     "accelerate launch: the passes of a step are shared out, the student is the one of a single process"
-    study = study_of(student, train={"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": 0.01, "epochs": 2, "batch_size": 1, "gradient_accumulation": 2})
+    study = study_of(
+        student,
+        train={
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "learning_rate": 0.01,
+            "epochs": 2,
+            "batch_size": 1,
+            "gradient_accumulation": 2,
+        },
+    )
     runs = [open_run(tmp_path / name, study) for name in ("one", "two")]
     for run in runs:
         run_generate(load_study(run.config_file), "human", run)
     run_train(load_study(runs[0].config_file), "human", runs[0])
     (tmp_path / "study.toml").write_text(to_toml(study, tmp_path))
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [
+        Path(sys.executable).parent / "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     command += ["-m", "cot_distill.train", tmp_path / "study.toml", "human", runs[1].path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(runs[1], "human") == pytest.approx(losses(runs[0], "human"), rel=1e-4)
     log = run_train(load_study(runs[1].config_file), "human", runs[1])
-    assert log["final_train_loss"] == json.loads(runs[1].training_log("human").read_text())["final_train_loss"], "done already, not made again"
+    assert (
+        log["final_train_loss"]
+        == json.loads(runs[1].training_log("human").read_text())["final_train_loss"]
+    ), "done already, not made again"
 
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = [Path(sys.executable).parent / "cot-distill", "run", ROOT / "configs/lesson.toml", "--teachers", "human", "--stages", "generate,train,eval", "--json"]
+COMMAND = [
+    Path(sys.executable).parent / "cot-distill",
+    "run",
+    ROOT / "configs/lesson.toml",
+    "--teachers",
+    "human",
+    "--stages",
+    "generate,train,eval",
+    "--json",
+]
 
 
 def numbers(run_dir: Path) -> list[dict]:
     "results.json without times"
-    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in read_json(run_dir / "results.json")["variants"]]
+    return [
+        {key: value for key, value in row.items() if not key.endswith("_s")}
+        for row in read_json(run_dir / "results.json")["variants"]
+    ]
 
 
 @pytest.mark.slow
@@ -150,7 +232,9 @@ def test_real_stages_killed_at_any_instant_end_with_the_same_numbers(tmp_path: P
     calm, killed, rng = tmp_path / "calm", tmp_path / "killed", random.Random(0)
     assert subprocess.run([*COMMAND, "--run-dir", calm], capture_output=True).returncode == 0
     for victim in ("launcher", "stage", "launcher", "stage"):
-        launcher = psutil.Popen([*COMMAND, "--run-dir", killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        launcher = psutil.Popen(
+            [*COMMAND, "--run-dir", killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(rng.uniform(4, 30))
         family = launcher.children(recursive=True)
         if victim == "launcher" or not family:

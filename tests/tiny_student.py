@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from cot_distill.config import StudentConfig, StudyConfig, parse_study
-from cot_distill.problems import load_problems
-from cot_distill.runs import RunFolder, write_parquet
-from cot_distill.students import load_tokenizer
+from cot_distill.core.config import StudentConfig, StudyConfig, parse_study
+from cot_distill.core.problems import load_problems
+from cot_distill.core.runs import RunFolder, write_parquet
+from cot_distill.student.model import load_tokenizer
 
 
 def make_student(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
@@ -28,7 +28,16 @@ def make_student(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
 
 def make_study(student: Path | str, n: int = 12, **train: object) -> StudyConfig:
     "A study of two-step problems with that student"
-    recipe = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "learning_rate": 0.01, "epochs": 2, "batch_size": 2, "gradient_accumulation": 2, "checkpoint_every": 2}
+    recipe = {
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "learning_rate": 0.01,
+        "epochs": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "checkpoint_every": 2,
+    }
     settings = {"quantization": "none", "dtype": "float32", "device": "cpu"}
     return parse_study(
         {
@@ -42,7 +51,16 @@ def write_rationales(run: RunFolder, n: int = 12, teacher: str = "human") -> pd.
     "The humans' solutions as a table of kept rationales"
     problems = load_problems("two-step", limit=n)
     rows = [
-        {"problem_id": p.problem_id, "question": p.question, "reference_answer": p.reference_answer, "teacher": teacher, "model": "", "sample_idx": 0, "completion": p.solution, "kept": True}
+        {
+            "problem_id": p.problem_id,
+            "question": p.question,
+            "reference_answer": p.reference_answer,
+            "teacher": teacher,
+            "model": "",
+            "sample_idx": 0,
+            "completion": p.solution,
+            "kept": True,
+        }
         for p in problems
     ]
     table = pd.DataFrame(rows)

@@ -24,12 +24,19 @@ def main() -> None:
     before = contents()
     # where IN_TEST is set, as nbdev's own test runner sets it, nbdev_export returns at once and says nothing
     environment = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-    for command in ([BIN / "nbdev_export"], [BIN / "nbdev_clean"], [sys.executable, ROOT / "tools" / "readme.py"]):
+    for command in (
+        [BIN / "nbdev_export"],
+        [BIN / "nbdev_clean"],
+        [sys.executable, ROOT / "tools" / "readme.py"],
+    ):
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
     after = contents()
     changed = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
     if changed:
-        sys.exit("export, clean or README changed files; commit what they made:\n  " + "\n  ".join(changed))
+        sys.exit(
+            "export, clean or README changed files; commit what they made:\n  "
+            + "\n  ".join(changed)
+        )
     print(f"in step: {len(after)} notebooks, modules and README")
 
 

