@@ -33,7 +33,6 @@ setup(
         "genai": ["google-genai"],
         "vllm": ["vllm"],
         "ray": ["ray[default]"],
-        "store": ["s3fs", "gcsfs"],
     },
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     zip_safe=False,

@@ -134,14 +134,6 @@ def run(
             show_default="RAY_ADDRESS, else one on this machine",
         ),
     ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            help="Keep the run folder there too, such as s3://bucket/runs/demo: for rented machines, and for clusters without a shared file system.",
-            show_default=False,
-            metavar="URL",
-        ),
-    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -160,7 +152,7 @@ def run(
 
     Example: [bold]cot-distill run configs/gsm8k.toml --stages eval,analyze,site --json[/]
 
-    Example: [bold]cot-distill run configs/gsm8k.toml --executor ray --store s3://bucket/runs/gsm8k[/]
+    Example: [bold]cot-distill run configs/gsm8k.toml --executor ray --address auto[/]
     """
     if executor not in ("local", "ray"):
         raise InputError(f"--executor is local or ray: got {executor!r}")
@@ -177,12 +169,11 @@ def run(
         run_dir,
         parse_overrides(overrides),
         dry=dry_run,
-        store=store,
     )
     if dry_run:
         _show_plan(batch, jobs, as_json)
         return
-    code = run_prepared(batch, console, jobs, executor == "ray", address, store)
+    code = run_prepared(batch, console, jobs, executor == "ray", address)
     if as_json:
         _print_json(batch_summary(batch, code))
     elif batch.run.results_json.exists():

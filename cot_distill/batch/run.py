@@ -274,17 +274,11 @@ def prepare_batch(
     overrides: Mapping[str, str] | None = None,  # dotted key -> value
     nbs: Path | None = None,  # folder of the notebooks; None is the project's
     dry: bool = False,  # plan only: keys may be missing, and nothing is written
-    store: str
-    | None = None,  # URL of a mirror: where no run folder is here yet, it is fetched first
 ) -> Batch:  # checked, nothing started
     "Plan a study and check its notebooks; raises `InputError` for whatever could not run"
     study = load_study(config, limit=limit, overrides=overrides)
     nbs = Path(nbs or _notebooks()).resolve()
     run = RunFolder(run_dir or default_run_dir(study.name, limit, nbs))
-    if store and not dry:
-        from cot_distill.batch.ray import join_store
-
-        join_store(store, run)
     study = study_in(run, study)
     batch = Batch(study, run, nbs, plan_jobs(study, run, teachers, stages))
     check_batch(batch)
@@ -338,11 +332,10 @@ def run_prepared(
     jobs: int | None = None,  # side by side at most
     ray: bool = False,  # hand the jobs to a Ray cluster
     address: str | None = None,  # of the cluster
-    store: str | None = None,  # URL of a mirror of the run folder
 ) -> int:  # exit code
     "Run a batch that has been checked; raises `InputError` when another launcher is at work in its folder"
     with locked(batch.run.path / ".batch.lock"):
-        executor = _executor(batch, jobs, ray, address, store)
+        executor = _executor(batch, jobs, ray, address)
         plan_report(batch, executor.has_gpu)
         batch.places = executor.n_places
         try:
@@ -351,17 +344,13 @@ def run_prepared(
             executor.close()
 
 # %% ../../nbs/batch/run.ipynb #8387ade0
-def _executor(
-    batch: Batch, jobs: int | None, ray: bool, address: str | None, store: str | None
-) -> Executor:
+def _executor(batch: Batch, jobs: int | None, ray: bool, address: str | None) -> Executor:
     "Who does the work"
-    if not ray and not store:
+    if not ray:
         return LocalExecutor(batch.study, batch.run, batch.nbs, jobs)
-    from cot_distill.batch.ray import KeptExecutor, RayExecutor
+    from cot_distill.batch.ray import RayExecutor
 
-    if ray:
-        return RayExecutor(batch, address, store)
-    return KeptExecutor(LocalExecutor(batch.study, batch.run, batch.nbs, jobs), batch.run, store)
+    return RayExecutor(batch, address)
 
 # %% ../../nbs/batch/run.ipynb #9e1ae8f2
 def batch_summary(
