@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cot_distill.grading import (
     RULES,
+    explain,
     final_answer,
     final_choice,
     grade_by,
@@ -41,11 +42,13 @@ def rows(name: str) -> list[dict]:
 
 @pytest.mark.parametrize(("completion", "answer"), CASES)
 def test_cases(completion: str, answer: str | None) -> None:
+    explained(completion)
     assert final_answer(completion) == answer
 
 
 @pytest.mark.parametrize(("completion", "answer"), TRUNCATED)
 def test_truncated(completion: str, answer: str | None) -> None:
+    explained(completion, truncated=True)
     assert final_answer(completion, truncated=True) == answer
 
 
@@ -262,12 +265,22 @@ PIECES += [
 ]
 
 
+def explained(completion: str, truncated: bool = False) -> None:
+    "Check that an explanation tells what the grader did, of places that are there"
+    found = explain(completion, truncated)
+    answer = final_answer(completion, truncated)
+    assert [c.value for c in found if c.counts] == ([] if answer is None else [answer])
+    assert all(completion[c.start : c.end] == c.text and c.because for c in found)
+    assert [c.start for c in found] == sorted(c.start for c in found)
+
+
 @settings(max_examples=1500, deadline=None)
 @given(st.lists(st.sampled_from(ALPHABET + PIECES), max_size=60).map("".join), st.booleans())
 def test_no_text_breaks_it(completion: str, truncated: bool) -> None:
     answer = final_answer(completion, truncated)
     assert answer is None or (isinstance(answer, str) and read_answer(answer) == answer)
     assert is_correct(completion, "72", truncated) is same_number(answer, "72")
+    explained(completion, truncated)
     for rule in RULES:
         assert isinstance(grade_by(rule, completion, "72"), bool)
 
@@ -337,6 +350,23 @@ def test_ten_megabytes(unit: str) -> None:
     assert final_answer(text + "\n#### 72") == "72"
     assert all(isinstance(grade_by(rule, text, "72"), bool) for rule in RULES)
     assert time.process_time() - began < 20
+
+
+def test_an_explanation_names_the_rule_and_why_the_others_lost() -> None:
+    text = "<think>#### 9</think>#### Step 1\n\\boxed{5} is wrong: the answer is 6.\n\nQuestion: #### 8"
+    told = {(c.rule, c.value): c.because for c in explain(text)}
+    assert told["####", None] == "a heading"
+    assert told["box", "5"] == "another answer is stated later"
+    assert told["answer", "6"] == "the last answer that is stated"
+    assert told["####", "8"] == "belongs to another question"
+    assert ("####", "9") not in told, "thoughts are not read"
+    (end,) = explain("So we add 48 and")
+    assert (end.rule, end.value, end.counts, end.because) == (
+        "conclusion",
+        None,
+        False,
+        "the text breaks off",
+    )
 
 
 def test_a_number_too_long_to_read_is_no_answer() -> None:
