@@ -172,6 +172,7 @@ def test_model_text_is_text(pages: dict[str, BeautifulSoup]) -> None:
         ), name
         assert not re.search("[\x00-\x08\x1b\u202a-\u202e\u2066-\u2069]", str(soup)), name
     shown = pages["problems.html"].get_text()
+    assert "How it was read" in shown and "nothing is stated outright" in shown
     assert (
         "<script>window.broken = 1</script>" in shown
         and "[U+202E]24 = 42" in shown

@@ -22,6 +22,7 @@ import pandas as pd
 from .. import analysis
 from ..core.plots import teacher_color
 from ..core.runs import RunFolder, atomic_path, read_json
+from ..grading import explain, is_letter
 from ..reading import figures
 from ..reading.frames import Runs, load_runs
 from ..reading.outcomes import outcome_shares, with_outcomes
@@ -226,6 +227,22 @@ def _footer(notebook: Any) -> str:
     return f"<p>{' '.join(parts)} by papermill. Library code is folded; every number stands in an output above.</p>"
 
 # %% ../../nbs/web/run_pages.ipynb #e94d3f04
+def _grading_html(row: Any) -> str:
+    "How a text that is not right was read: each place that marks an answer, and why it counts or not"
+    places = [] if is_letter(str(row.reference_answer)) else explain(row.completion, _is_cut(row))
+    told = "".join(
+        f"<li><code>{escape(place.text[:80])}</code> ({escape(place.rule)}): "
+        f"{'no number' if not place.value else escape(place.value)}; {escape(place.because)}</li>"
+        for place in places
+    )
+    return f"<details><summary>How it was read</summary><ul>{told}</ul></details>" if told else ""
+
+
+def _is_cut(row: Any) -> bool:
+    "Whether a text was stopped by its token limit, a student's answer or a teacher's"
+    return getattr(row, "truncated", False) is True or row.outcome == "truncated"
+
+# %% ../../nbs/web/run_pages.ipynb #ef90ae10
 PROBLEMS_SHOWN = 1500  # of each kind, so that the page stays one a browser can hold
 
 
@@ -244,7 +261,7 @@ def problem_html(
         answers.append(
             f'<div class="answer" style="border-top-color:{teacher_color(row.variant)}"><h4>{escape(row.variant)}: '
             f'<span class="{"good" if good else "bad"}">{escape(row.outcome)}</span> <span class="quiet">({escape(read)})</span></h4>'
-            f"<pre>{escape(row.completion)}</pre></div>"
+            f"<pre>{escape(row.completion)}</pre>{'' if good else _grading_html(row)}</div>"
         )
     outcomes = escape(json.dumps(dict(zip(rows["variant"], rows["outcome"], strict=True))))
     return (
