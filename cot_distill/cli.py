@@ -440,7 +440,9 @@ def quote(
 # %% ../nbs/cli.ipynb #56391870
 def _quotes(study: "StudyConfig", teachers: list[str]) -> dict[str, dict[str, Any]]:
     "What each teacher that has to be asked will cost"
-    asked = [name for name in teachers if study.teacher(name).provider not in ("human", "recorded")]
+    from cot_distill.teachers import teacher_class
+
+    asked = [name for name in teachers if teacher_class(study.teacher(name)).is_asked]
     if not asked:
         return {}
     from cot_distill.generate import quote as quote_study

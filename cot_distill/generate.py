@@ -76,6 +76,7 @@ from cot_distill.teachers import (
     render_messages,
     request_body,
     request_of,
+    teacher_class,
 )
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ def rerouted(
     models: dict[str, int],  # as the responses name them, with their counts
 ) -> dict[str, int]:  # those that are not the model asked for
     "Models that answered although nobody asked for them"
-    if cfg.provider not in ("openai", "gemini"):
+    if teacher_class(cfg).lane != "api":
         return {}
     asked = re.escape(cfg.model.removeprefix("models/").casefold())
     same = re.compile(rf"(models/)?{asked}([-@:][0-9][0-9.-]*|-latest|:latest)?")
@@ -412,8 +413,8 @@ def _finished(folder: Path, rationales: Path) -> GenerateSummary | None:
 
 def _check_sampling(study: StudyConfig, teacher_id: str) -> None:
     "Refuse to pay several times for the same answer"
-    how, provider = study.generate, study.teacher(teacher_id).provider
-    if how.n_samples > 1 and how.temperature == 0 and provider not in ("human", "recorded"):
+    how, is_asked = study.generate, teacher_class(study.teacher(teacher_id)).is_asked
+    if how.n_samples > 1 and how.temperature == 0 and is_asked:
         raise InputError(
             f"generate.n_samples = {how.n_samples} at temperature 0 would pay {how.n_samples} times for one answer of teacher {teacher_id!r}; set generate.temperature above 0, or n_samples = 1"
         )
@@ -459,9 +460,9 @@ def _ask_missing(
     todo = [q for key, q in keyed.items() if key not in settled]
     if not todo:
         return
-    if cfg.batch and cfg.provider != "openai":
+    if cfg.batch and not teacher_class(cfg).offers_batch:
         raise InputError(
-            f"teacher {teacher_id!r}: batch = true needs provider 'openai', whose Batch API it uses; got {cfg.provider!r}"
+            f"teacher {teacher_id!r}: batch = true needs a provider with a Batch API such as 'openai'; got {cfg.provider!r}"
         )
     breaker = Breaker(study.generate, *spending(ledger))
     cap = {} if study.generate.max_usd is None else {"usd_cap": study.generate.max_usd}
@@ -514,7 +515,7 @@ def quote(
         n, n_prompt = len(questions), sum(prompt_tokens_estimate(q) for q in questions)
         guess = min(completion_tokens, study.generate.max_tokens)
         capped = n_prompt + n * study.generate.max_tokens
-        has_batches = cfg.provider == "openai" and (cfg.base_url is None or cfg.batch)
+        has_batches = teacher_class(cfg).offers_batch and (cfg.base_url is None or cfg.batch)
         minutes = max(
             n / cfg.rpm if cfg.rpm else 0.0,
             capped / cfg.tpm if cfg.tpm else 0.0,
@@ -593,7 +594,7 @@ def card_text(
 
 {_card_counts(summary)}
 
-Prompt template (hash {prompt_hash(study.generate)}){_card_note(cfg)}:
+Prompt template (hash {prompt_hash(study.generate)}){teacher_class(cfg).prompt_note(cfg)}:
 
 ```
 {study.generate.prompt_template}
@@ -615,17 +616,6 @@ def _card_counts(summary: GenerateSummary) -> str:
         "\n| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |\n|---|---|---|---|---|",
     ]
     return "\n".join([heads[0], *drops, heads[1], *shared])
-
-
-def _card_note(cfg: TeacherConfig) -> str:
-    "Why the prompt of this study may not be what the teacher saw"
-    if cfg.provider == "human":
-        return "; not used: these solutions came with the problems"
-    return (
-        f"; not used: these answers were recorded earlier, see the card of {Path(cfg.path or '').name}"
-        if cfg.provider == "recorded"
-        else ""
-    )
 
 
 def _system_note(study: StudyConfig) -> str:
@@ -721,7 +711,7 @@ def throughput(
 
     cfg = study.teacher(teacher_id)
     rates: dict[str, float | None] = {"requests": None, "tokens": None}
-    if cfg.provider not in ("human", "recorded"):  # nobody was asked
+    if teacher_class(cfg).is_asked:
         with BatchLedger(run.ledger(teacher_id)) as ledger:
             sent = [
                 (datetime.fromisoformat(a.started_at).timestamp(), a.prompt_tokens or 0)

@@ -817,3 +817,45 @@ def test_no_key_in_a_papermill_report(tmp_path, root, fails):
     (tmp_path / "printed.txt").write_text(done.stdout + done.stderr)
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) >= 4 and not [p for p in files if KEY.encode() in p.read_bytes()]
+
+
+def test_a_new_provider_is_one_class(tmp_path, monkeypatch):
+    "Plan, doctor, quote, generation and the data card know it without another line"
+    from cot_distill import teachers
+    from cot_distill.asking.replies import Answer
+    from cot_distill.batch.plan import plan_jobs
+    from cot_distill.core.runs import open_run
+    from cot_distill.doctor import check_keys, check_providers
+
+    class Oracle(teachers.Teacher):
+        "Knows every answer, explains nothing"
+
+        lane = "compute"
+
+        @classmethod
+        def key_name(cls, cfg):
+            return "ORACLE_API_KEY"
+
+        async def ask(self, question):
+            return Answer("ok", f"#### {question.problem.reference_answer}", model=self.cfg.model)
+
+    monkeypatch.setitem(teachers.PROVIDERS, "oracle", Oracle)
+    study = make_study("", n=3, teacher={"provider": "oracle", "model": "delphi", "base_url": None})
+    run = open_run(tmp_path / "run", study)
+    assert [j.lane for j in plan_jobs(study, run) if j.stage == "generate"] == ["compute"]
+    assert [(f.state, f.found) for f in check_keys(study)] == [("fail", "ORACLE_API_KEY")]
+    assert check_providers(study) == []
+    told = quote(study)["t"]
+    assert told["requests"] == 3 and told["usd"] > 0 and told["usd_batch"] is None
+    assert preflight(study) == {"t": (True, "delphi is ready")}
+    summary = run_generate(study, "t", run)
+    assert (summary.n_correct, summary.models, summary.rerouted) == (3, {"delphi": 3}, {})
+    card = (run.teacher_dir("t") / "README.md").read_text()
+    assert "| provider, model asked for | oracle, delphi |" in card
+    assert "oracle" in teachers.teacher_table(study).loc["t", "provider"]
+
+
+def test_an_unknown_provider_names_the_nearest():
+    study = make_study("http://127.0.0.1:9/v1", teacher={"provider": "opnai"})
+    with pytest.raises(InputError, match="unknown provider 'opnai'; did you mean 'openai'"):
+        quote(study)

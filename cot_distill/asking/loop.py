@@ -33,9 +33,10 @@ from cot_distill.asking.replies import (
     REFUSED,
     RETRY,
     Answer,
+    Answerer,
     Question,
-    Teacher,
     connection_error,
+    plain_body,
     read_error,
 )
 from ..core.config import GenerateConfig, TeacherConfig
@@ -109,7 +110,7 @@ class Asking:
     "What all questions of one run share"
 
     cfg: GenerateConfig
-    teacher: Teacher
+    teacher: Answerer
     key_of: Callable[[Question], str]  # from what shapes the answer to the request's key
     ledger: BatchLedger
     pacer: Pacer
@@ -206,8 +207,9 @@ def _columns(answer: Answer) -> dict[str, Any]:
         "prompt_tokens",
         "completion_tokens",
     )
+    body = plain_body(answer) if answer.raw_body is None and answer.text else answer.raw_body
     return {name: getattr(answer, name) for name in names} | {
-        "raw_body": redact(answer.raw_body),
+        "raw_body": redact(body),
         "error": redact(answer.error),
     }
 

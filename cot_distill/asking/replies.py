@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DONE', 'RETRY', 'STOP', 'REFUSED', 'GEMINI_BLOCKS', 'QUOTA_WORDS', 'DAY_WORDS', 'MINUTE_WORDS', 'KEY_WORDS',
-           'MODEL_WORDS', 'Answer', 'read_openai_body', 'read_gemini_body', 'read_body', 'retry_after_s', 'read_error',
-           'connection_error', 'unreachable', 'Question', 'Teacher']
+           'MODEL_WORDS', 'Answer', 'read_openai_body', 'read_gemini_body', 'read_body', 'plain_body', 'retry_after_s',
+           'read_error', 'connection_error', 'unreachable', 'Question', 'Answerer']
 
 # %% ../../nbs/asking/replies.ipynb #980614f4
 import json
@@ -198,6 +198,16 @@ def read_body(
         )
     return read_gemini_body(body)
 
+# %% ../../nbs/asking/replies.ipynb #1063c12f
+def plain_body(
+    answer: Answer,
+) -> str:  # JSON that `read_body` reads
+    "The body of an answer that came without one"
+    names = ("model", "finish_reason", "prompt_tokens", "completion_tokens")
+    facts = {name: getattr(answer, name) for name in names}
+    told = {name: value for name, value in facts.items() if value is not None}
+    return json.dumps({"completion": answer.text} | told, ensure_ascii=False)
+
 # %% ../../nbs/asking/replies.ipynb #768f10b3
 def retry_after_s(
     headers: Mapping[str, str],  # of the error reply; names in any case
@@ -347,8 +357,8 @@ class Question:
     seed: int = 0  # for local models; hosted ones are not asked for it
 
 
-class Teacher(Protocol):
-    "Whoever can answer a question"
+class Answerer(Protocol):
+    "Whoever can answer a question; `00_teachers` has the classes"
 
     cfg: TeacherConfig
 

@@ -19,6 +19,7 @@ from .execute import report_finished
 from ..core.config import ProblemsConfig, StudyConfig
 from ..core.errors import InputError
 from ..core.runs import RunFolder, file_fingerprint, fingerprint, read_json, write_json
+from ..teachers import teacher_class
 
 # %% ../../nbs/batch/plan.ipynb #18e501d4
 STAGES = ("teachers", "generate", "train", "eval", "analyze", "site")
@@ -126,14 +127,11 @@ def _chosen(asked: Iterable[str], known: tuple[str, ...], what: str) -> list[str
 def _generate_job(study: StudyConfig, run: RunFolder, teacher_id: str) -> Job:
     "Problems to rationales"
     teacher = study.teacher(teacher_id)
-    lane = {"transformers": "compute", "human": "light", "recorded": "light"}.get(
-        teacher.provider, "api"
-    )
     used = [study.problems.model_dump(), study.generate.model_dump(), teacher.model_dump()]
     return Job(
         "generate",
         teacher_id,
-        lane,
+        teacher_class(teacher).lane,
         outputs=(run.rationales(teacher_id),),
         settings=fingerprint(used),
     )

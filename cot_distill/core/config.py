@@ -67,7 +67,7 @@ class StudentConfig(Part):
 class TeacherConfig(Part):
     "Who explains: a hosted model, a local server, the data set's own humans, or a recording"
 
-    provider: Literal["openai", "gemini", "transformers", "human", "recorded"]
+    provider: str  # one of `cot_distill.teachers.PROVIDERS`
     model: str = ""  # as the provider names it
     base_url: str | None = None  # any OpenAI-compatible server
     api_key_env: str | None = None  # NAME of the environment variable, never the key
