@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODES', 'app', 'Config', 'Teachers', 'Limit', 'RunDir', 'Overrides', 'AsJson', 'comma_list', 'parse_overrides', 'run',
-           'generate', 'train', 'evaluate', 'analyze', 'quote', 'doctor', 'diff', 'site', 'main']
+           'generate', 'train', 'evaluate', 'analyze', 'quote', 'doctor', 'diff', 'freeze', 'site', 'main']
 
 # %% ../nbs/cli.ipynb #32a1e32f
 import json
@@ -558,6 +558,44 @@ def diff(
 
 
 @app.command()
+def freeze(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder, such as runs/demo, or a series' folder of them.",
+            show_default=False,
+            metavar="RUN|SERIES",
+        ),
+    ],
+    to: Annotated[
+        Path,
+        typer.Option(
+            help="Where the copy goes, such as reports/demo; what is there is replaced.",
+            show_default=False,
+            metavar="FOLDER",
+        ),
+    ],
+    without_texts: Annotated[
+        bool,
+        typer.Option(
+            "--without-texts",
+            help="Leave out questions, rationales and answers, for texts without a licence.",
+        ),
+    ] = False,
+) -> None:
+    """Make a small copy of a run, or of each study of a series, that is fit for publication.
+
+    Example: [bold]cot-distill freeze runs/demo --to reports/demo[/]
+
+    Example: [bold]cot-distill freeze runs/reference --to reports/gsm8k --without-texts[/]
+    """
+    from cot_distill.web.freeze import freeze as freeze_folder
+
+    for frozen, n_withheld in freeze_folder(folder, to, texts=not without_texts).items():
+        print(f"{frozen}: {n_withheld} outputs left out" if without_texts else frozen)
+
+
+@app.command()
 def site(
     out: Annotated[
         Path, typer.Option(help="Folder of the website, such as public.", metavar="FOLDER")
@@ -596,3 +634,7 @@ def _explain_defect(
     from cot_distill.asking.keys import redact
 
     print(redact("".join(traceback.format_exception(kind, err, where))), file=sys.stderr)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -506,68 +506,6 @@ def test_results_of_another_machine_are_gone_on_with_where_the_data_lie_elsewher
     }
 
 
-# --- what is published
-
-
-def test_rows_from_another_machine_are_analysed_and_not_trained_again(whole, tmp_path, capfd):
-    from cot_distill.web.freeze import execute_reports
-
-    pack_results(whole, tmp_path / "all.tar.gz")
-    merge_results(tmp_path / "out", [tmp_path / "all.tar.gz"])
-    run = RunFolder(tmp_path / "out" / "slow")
-    assert execute_reports(run) == 0
-    assert "no chapters of human:" in capfd.readouterr().err
-    assert (
-        sorted(path.name for path in run.reports_dir.glob("*.ipynb"))
-        == ["03_eval-base.ipynb", "04_analysis.ipynb"]
-        and not run.adapter("human").exists()
-    )
-
-
-def test_published_series_holds_no_texts(whole, series_file, tmp_path):
-    import nbformat
-    from nbformat.v4 import new_code_cell, new_notebook, new_output
-
-    from cot_distill.web.freeze import publish_series
-
-    shutil.copytree(whole, tmp_path / "out")
-    questions = [p.question for p in load_problems("two-step", "test", 6)] + [
-        p.question for p in load_problems("two-step", limit=8)
-    ]
-    shown = [
-        new_output(
-            "execute_result",
-            data={"text/html": f"<td>{questions[-1].replace(' ', ' <b></b>')}</td>"},
-            execution_count=1,
-        ),
-        new_output("stream", text="6 answers\n"),
-    ]
-    (tmp_path / "out" / "fast" / "reports").mkdir()
-    nbformat.write(
-        new_notebook(cells=[new_code_cell("x", outputs=shown)]),
-        tmp_path / "out" / "fast" / "reports" / "02_train-human.ipynb",
-    )
-    assert publish_series(load_series(series_file), tmp_path / "out", tmp_path / "reports") == {
-        "fast": 1,
-        "slow": 0,
-    }
-    files = [p for p in (tmp_path / "reports").rglob("*") if p.is_file()]
-    words = " ".join(
-        pd.read_parquet(p).to_csv() if p.suffix == ".parquet" else p.read_text() for p in files
-    )
-    assert not [q for q in questions if q in words] and "6 answers" in words
-    assert not list((tmp_path / "reports").rglob("rationales.parquet"))
-    assert {k: v["n_correct"] for k, v in scores(tmp_path / "reports").items()} == {
-        k: v["n_correct"] for k, v in scores(whole).items()
-    }
-    table = rows_table(load_series(series_file), tmp_path / "reports")
-    assert (
-        set(table["state"]) == {"run"}
-        and table["commit"].notna().all()
-        and table["hardware"].notna().all()
-    ), "a page can be made from it"
-
-
 # --- the reference study itself, on the real data
 
 

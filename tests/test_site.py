@@ -20,10 +20,11 @@ from cot_distill.core.errors import InputError
 from cot_distill.core.runs import RunFolder
 from cot_distill.reading.frames import load_runs
 from cot_distill.web.apidocs import api_pages, module_entries
+from cot_distill.web.freeze import freeze, freeze_run
 from cot_distill.web.pages import notebook_html, page, readable_html
 from cot_distill.web.run_pages import render_reports
 from cot_distill.web.safety import refuse_to_publish, safe_html, scan_text, visible
-from cot_distill.web.site import freeze_run, make_site, quarto_notebook, stage_site
+from cot_distill.web.site import make_site, quarto_notebook, stage_site
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken=1'> \x1b[31mred\x1b[2J \u202e24 = 42\u202c $x$ ]]> &amp; {{ 7*7 }} {{< env HOME >}} ![x](http://x.example/x.png) </details></main>"
@@ -268,7 +269,7 @@ def test_a_stopped_stage_is_shown_as_one(tmp_path: Path) -> None:
     assert "(stopped)" in index.find("a", href="03_eval-human.html").parent.get_text()
     assert "An Exception was encountered" not in (run / "html" / "03_eval-human.html").read_text()
     with pytest.raises(InputError, match=r"03_eval-human\.ipynb ended in an error"):
-        freeze_run(run, tmp_path / "frozen")
+        freeze_run(RunFolder(run), tmp_path / "frozen")
 
 
 def test_a_run_in_which_nothing_happened_has_an_index(tmp_path: Path) -> None:
@@ -443,7 +444,8 @@ def test_titles_are_escaped() -> None:
 
 
 def test_a_frozen_run_is_small_and_says_the_same(run: RunFolder, tmp_path: Path) -> None:
-    frozen = freeze_run(run, tmp_path / "frozen")
+    frozen = tmp_path / "frozen"
+    assert freeze(run.path, frozen) == {frozen: 0}
     size = sum(
         path.stat().st_size
         for path in frozen.rglob("*")
@@ -458,12 +460,9 @@ def test_a_frozen_run_is_small_and_says_the_same(run: RunFolder, tmp_path: Path)
     ).exists()
 
 
-def test_freezing_too_much_or_a_leak_is_refused_and_the_old_copy_stays(
-    run: RunFolder, tmp_path: Path
-) -> None:
-    frozen = freeze_run(run, tmp_path / "frozen")
-    with pytest.raises(InputError, match="more than 1,000"):
-        freeze_run(run, frozen, max_bytes=1000)
+def test_freezing_a_leak_is_refused_and_the_old_copy_stays(run: RunFolder, tmp_path: Path) -> None:
+    frozen = tmp_path / "frozen"
+    freeze_run(run, frozen)
     leaky = RunFolder(shutil.copytree(run.path, tmp_path / "leaky"))
     notebook = nbformat.read(leaky.reports_dir / "04_analysis.ipynb", 4)
     notebook.cells[0].source += "\n/" + "home/grace"
@@ -472,6 +471,51 @@ def test_freezing_too_much_or_a_leak_is_refused_and_the_old_copy_stays(
         freeze_run(leaky, frozen)
     assert load_runs([frozen]).results["n"].iloc[0] == 24
     assert not list(tmp_path.glob(".freeze-*"))
+
+
+def test_frozen_without_texts_a_series_says_who_was_right_and_nothing_else(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    series, texts = tmp_path / "series", set()
+    shutil.copytree(run.path, series / "one")
+    shutil.copytree(run.path, series / "two")
+    (series / "three").mkdir()
+    for table in (series / "one").glob("**/*.parquet"):
+        texts |= {
+            str(text) for c in ("question", "completion") for text in pd.read_parquet(table)[c]
+        }
+    long = max(texts, key=len)
+    quoting = new_notebook(
+        cells=[
+            new_code_cell(
+                "x",
+                outputs=[
+                    new_output(
+                        "execute_result",
+                        data={"text/html": f"<td>{long.replace(' ', ' <b></b>')}</td>"},
+                        execution_count=1,
+                    ),
+                    new_output("stream", text="6 answers\n"),
+                ],
+            )
+        ]
+    )
+    nbformat.write(quoting, series / "one" / "reports" / "02_train-quoting.ipynb")
+    before = freeze(series, tmp_path / "with")
+    found = freeze(series, tmp_path / "out", texts=False)
+    assert set(found) == {tmp_path / "out" / "one", tmp_path / "out" / "two"}
+    assert found[tmp_path / "out" / "one"] == found[tmp_path / "out" / "two"] + 1
+    assert set(before.values()) == {0}
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    words = " ".join(
+        pd.read_parquet(p).to_csv() if p.suffix == ".parquet" else p.read_text() for p in files
+    )
+    plain = " ".join(re.sub("<[^>]+>", " ", words).split())
+    assert long not in words and " ".join(long.split()) not in plain and "6 answers" in words
+    assert not list((tmp_path / "out").rglob("rationales.parquet"))
+    a, b = load_runs([run.path]), load_runs([tmp_path / "out" / "one"])
+    pd.testing.assert_frame_equal(a.results.drop(columns="run"), b.results.drop(columns="run"))
+    assert (a.evals["is_correct"] == b.evals["is_correct"]).all()
 
 
 # ---------------------------------------------------------------- the site
