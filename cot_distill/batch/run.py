@@ -57,7 +57,7 @@ from cot_distill.core.runs import (
     recorded_stages,
     study_in,
 )
-from ..doctor import key_name
+from ..teachers import teacher_class
 
 # %% ../../nbs/batch/run.ipynb #7d0dab4a
 def check_batch(
@@ -100,12 +100,10 @@ def check_ground(
         )
     problems = []
     for job in batch.jobs:
-        name = (
-            key_name(batch.study.teacher(job.variant))
-            if job.stage == "generate" and batch.states[job.name] != "done"
-            else None
-        )
-        if name is None:
+        if job.stage != "generate" or batch.states[job.name] == "done":
+            continue
+        teacher = batch.study.teacher(job.variant)
+        if (name := teacher_class(teacher).key_name(teacher)) is None:
             continue
         try:
             read_key(name)
