@@ -45,7 +45,12 @@ from cot_distill.student.model import (
     student_of,
     student_source,
 )
-from .student.packing import Example, token_losses, training_order
+from cot_distill.student.packing import (
+    Example,
+    token_losses,
+    training_order,
+    warn_of_few_steps,
+)
 from cot_distill.student.sizes import (
     PeakMemory,
     Plan,
@@ -316,6 +321,8 @@ def run_train(
             sizes = _sizes(student, cfg)
             plan = check_machine(examples, student, cfg, seed, sizes, folder)
             _say(args, _announce(variant, counts, plan, student))
+            if warning := warn_of_few_steps(len(examples), cfg):
+                _say(args, warning)
             model, facts = _train(study, variant, run, examples, args, sizes)
             log = _log(study, variant, examples, counts, plan) | facts
             if args.should_save:
@@ -353,12 +360,13 @@ def _sizes(student: StudentConfig, cfg: TrainConfig) -> Sizes:
 
 def _announce(variant: str, counts: Mapping[str, Any], plan: Plan, student: StudentConfig) -> str:
     "One line before the long part"
-    minutes = minutes_for(plan, device_of(student), getattr(torch, student.dtype))
+    minutes = minutes_for(plan, device_of(student), student.dtype)
     time_needed = "under a minute" if minutes < 1 else f"{minutes:.0f} min"
     left_out = f", {counts['n_too_long']} too long" if counts["n_too_long"] else ""
     return (
         f"{variant}: {plan.n_examples} examples{left_out}, {plan.n_tokens:,} tokens in {plan.n_steps} steps; "
-        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters are trained; about {plan.memory_gb:.1f} GB, {time_needed}"
+        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters are trained; "
+        f"about {plan.memory_gb:.1f} GB, {time_needed}"
     )
 
 # %% ../nbs/02_train.ipynb #851c1c7a

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from cot_distill.student.model import load_student, prompt_ids, stop_ids
 from cot_distill.student.slots import (
     Completion,
     DecodeTally,
+    bytes_a_slot,
     decode,
     lay_out,
     pick_tokens,
+    slots_that_fit,
     speaking,
 )
 
@@ -92,6 +95,24 @@ def test_side_by_side_is_one_at_a_time(model: Any, slots: int, shared: int) -> N
         assert completions[i].text == " ".join(map(str, expected))
     lengths = {c.n_tokens for c in completions.values()}
     assert len(lengths) > 3, "the test wants texts of many lengths"
+
+
+def test_slots_by_themselves_fit_work_and_memory(model: Any, monkeypatch: Any) -> None:
+    prompts = random_prompts(7, seed=3)
+    by_hand = dict(decode(model, Numbers(), prompts, 12, slots=2, stop=STOP))
+    tally = DecodeTally()
+    alone = dict(decode(model, Numbers(), prompts, 12, stop=STOP, tally=tally))
+    assert alone == by_hand
+    assert tally.slot_use > 0.3  # one slot a prompt, none of them refilled
+    assert slots_that_fit(model, prompts, [12] * 7) == 7
+    many = prompts * 1000
+    assert slots_that_fit(model, many, [12] * len(many)) == max(256, 128 * torch.get_num_threads())
+    longest = max(map(len, prompts)) + 12
+    free = SimpleNamespace(available=4 * 3 * bytes_a_slot(model.config, longest))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert slots_that_fit(model, many, [12] * len(many)) == 3
+    free.available = 1
+    assert slots_that_fit(model, prompts, [12] * 7) == 1
 
 
 def test_end_of_turn_and_truncation(model: Any) -> None:

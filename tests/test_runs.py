@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cot_distill.core.config import load_study, parse_study
+from cot_distill.core import runs
+from cot_distill.core.config import load_study, parse_study, to_toml
 from cot_distill.core.errors import InputError
 from cot_distill.core.runs import (
     RunFolder,
@@ -27,6 +28,7 @@ from cot_distill.core.runs import (
     read_json,
     read_parquet,
     record_run,
+    study_in,
     write_json,
     write_parquet,
 )
@@ -122,6 +124,22 @@ def test_more_repeats_are_the_same_study(tmp_path: Path):
     open_run(tmp_path / "run", parse_study(TINY))
     run = open_run(tmp_path / "run", parse_study(TINY | {"repeats": 3}))
     assert list(load_study(run.config_file).variants()) == ["human", "human.seed1", "human.seed2"]
+
+
+def test_the_compute_type_is_settled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "auto is measured when a run is made; the run goes on in that type wherever it goes on"
+    monkeypatch.setattr(runs, "fastest_dtype", lambda device: "float32")
+    (tmp_path / "tiny.toml").write_text(to_toml(parse_study(TINY)), encoding="utf-8")
+    assert load_study(tmp_path / "tiny.toml").student.dtype == "auto"
+    study, run = open_chapter(str(tmp_path / "tiny.toml"), run_dir=str(tmp_path / "run"))
+    assert study.student.dtype == "float32"
+    assert load_study(run.config_file).student.dtype == "float32"
+    monkeypatch.setattr(runs, "fastest_dtype", lambda device: "bfloat16")
+    study, _ = open_chapter(str(tmp_path / "tiny.toml"), run_dir=str(tmp_path / "run"))
+    assert study.student.dtype == "float32"
+    assert study_in(run, parse_study(TINY)).student.dtype == "float32"
+    with pytest.raises(InputError, match="student.dtype: 'float32' -> 'bfloat16'"):
+        open_run(run.path, parse_study(TINY | {"student": {"dtype": "bfloat16"}}))
 
 
 def test_a_run_folder_takes_new_teachers_and_refuses_new_science(tmp_path: Path):

@@ -38,8 +38,10 @@ from cot_distill.student.packing import (
     packing_for,
     pad,
     passes_of,
+    steps_of,
     token_losses,
     training_order,
+    warn_of_few_steps,
 )
 from cot_distill.student.sizes import (
     add_lora,
@@ -197,6 +199,9 @@ def test_order_is_the_problems_not_the_lists():
     cfg = TrainConfig(batch_size=4, gradient_accumulation=4, epochs=1.5)
     steps = training_order(examples, cfg, seed=1)
     assert [len(s) for s in steps] == [16, 16, 8, 16, 4]
+    assert steps_of(40, cfg) == 5 and "5 optimiser steps" in warn_of_few_steps(40, cfg)
+    assert "2 optimiser steps" in warn_of_few_steps(40, cfg.model_copy(update={"max_examples": 7}))
+    assert warn_of_few_steps(320, cfg) == ""
     assert sorted(i for s in steps[:3] for i in s) == list(range(40))
     fewer = examples[:30]
     ids = [fewer[i].example_id for s in training_order(fewer, cfg, 1)[:2] for i in s]
@@ -207,6 +212,7 @@ def test_order_is_the_problems_not_the_lists():
     ]
     assert training_order(examples, cfg, seed=2) != steps
     for n in range(1, 9):
+        assert steps_of(n, cfg) == len(training_order(examples[:n], cfg, seed=1))
         parts = passes_of(list(range(n)), 4)
         assert (
             len(parts) == 4

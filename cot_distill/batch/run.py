@@ -56,6 +56,7 @@ from cot_distill.core.runs import (
     read_json,
     recorded_stages,
     study_in,
+    with_dtype,
 )
 from ..teachers import teacher_class
 
@@ -278,6 +279,8 @@ def prepare_batch(
     nbs = Path(nbs or _notebooks()).resolve()
     run = RunFolder(run_dir or default_run_dir(study.name, limit, nbs))
     study = study_in(run, study)
+    if not dry:
+        study = with_dtype(study)
     batch = Batch(study, run, nbs, plan_jobs(study, run, teachers, stages))
     check_batch(batch)
     if not dry:

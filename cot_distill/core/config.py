@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
@@ -50,7 +50,7 @@ class StudentConfig(Part):
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # hub id, folder, `.gguf` file or `smollm2-135m`
     revision: str | None = None  # commit of the hub model
     quantization: Literal["nf4", "none"] = "none"  # storage of the frozen base weights
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute type
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # a run keeps what auto came to
     device: Literal["auto", "cpu", "cuda"] = "auto"
     system_prompt: str | None = None  # None: what the chat template does by itself
     prompt_template: str = "{question}"
@@ -141,7 +141,7 @@ class EvalConfig(Part):
 
     engine: Literal["transformers", "vllm"] = "transformers"
     max_new_tokens: int = Field(512, ge=1)  # a longer completion counts as truncated
-    slots: int = Field(32, ge=1)  # sequences decoded side by side
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # sequences decoded side by side
     n_samples: int = Field(1, ge=1)  # > 1: pass@k and maj@k
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPERATIONAL', 'PACKAGES', 'atomic_path', 'write_json', 'read_json', 'write_parquet', 'read_parquet', 'fingerprint',
            'sha256_of', 'file_fingerprint', 'begin_stage', 'stage_marker', 'finish_stage', 'stage_state', 'locked',
-           'RunFolder', 'project_root', 'open_run', 'study_in', 'chapter_path', 'chapter_run', 'open_chapter',
-           'usable_cores', 'gpu_names', 'hardware', 'provenance', 'record_run', 'write_run_json', 'recorded_stages',
-           'entries_of']
+           'RunFolder', 'project_root', 'open_run', 'study_in', 'with_dtype', 'chapter_path', 'chapter_run',
+           'open_chapter', 'usable_cores', 'gpu_names', 'hardware', 'provenance', 'record_run', 'write_run_json',
+           'recorded_stages', 'entries_of']
 
 # %% ../../nbs/core/runs.ipynb #a3ef59fc
 import errno
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .config import StudyConfig, difference, load_study, parse_study, to_toml
 from .errors import InputError
+from .machine import fastest_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,8 +297,7 @@ def open_run(
     "Make or reopen a run folder; raises `InputError` when another study lies there"
     run = RunFolder(run_dir or Path(os.path.relpath(project_root() / "runs" / study.name)))
     with locked(run.path / ".config.lock", wait=True):
-        study_in(run, study)
-        new = to_toml(study, run.path)
+        new = to_toml(with_dtype(study_in(run, study)), run.path)
         if not run.config_file.exists() or run.config_file.read_text(encoding="utf-8") != new:
             with atomic_path(run.config_file) as part:
                 part.write_text(new, encoding="utf-8")
@@ -311,8 +311,25 @@ def study_in(
     "A study as the run folder keeps it, nothing written; raises `InputError` when another study lies there"
     moved = parse_study(tomllib.loads(to_toml(study, run.path)), run.path)
     if run.config_file.exists():
+        if moved.student.dtype == "auto":  # a run goes on in the format it was begun in
+            moved = with_dtype(moved, load_study(run.config_file).student.dtype)
         _same_study(run, moved)
     return moved
+
+
+def with_dtype(
+    study: StudyConfig,
+    dtype: str = "auto",  # what `auto` comes to; `auto`: the machine's fastest
+) -> StudyConfig:  # the same study where its type is settled
+    "Put a compute type in place of `auto`"
+    if study.student.dtype != "auto":
+        return study
+    if dtype == "auto":
+        dtype = fastest_dtype(study.student.device)
+    student = study.student.model_copy(update={"dtype": dtype})
+    settled = study.model_copy(update={"student": student})
+    settled._base_dir = study._base_dir
+    return settled
 
 
 def _same_study(run: RunFolder, study: StudyConfig) -> None:
@@ -362,7 +379,8 @@ def open_chapter(
     study = load_study(chapter_path(config), limit=limit or None)
     if not run_dir and study.name == "lesson":
         run_dir = tempfile.mkdtemp(prefix="cot-distill-lesson-")
-    return study, open_run(run_dir, study)
+    run = open_run(run_dir, study)
+    return with_dtype(study, load_study(run.config_file).student.dtype), run
 
 # %% ../../nbs/core/runs.ipynb #84318bf4
 PACKAGES = (

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['add_lora', 'Sizes', 'sizes_of', 'parameter_counts', 'Plan', 'memory_gb', 'plan_training', 'settings_that_fit',
-           'check_machine', 'PeakMemory', 'probe_flops', 'minutes_for']
+           'check_machine', 'PeakMemory', 'minutes_for']
 
 # %% ../../nbs/student/sizes.ipynb #22c70d06
-import math
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import StudentConfig, TrainConfig
 from ..core.errors import InputError
+from ..core.machine import multiply_rate
 from .model import device_of, quiet, student_source
 from .packing import Example, passes_of, training_order
 
@@ -274,29 +273,12 @@ class PeakMemory:
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         )
 
-# %% ../../nbs/student/sizes.ipynb #d8106373
-def probe_flops(
-    device: str,  # `cpu` or `cuda`
-    dtype: torch.dtype,  # of the matrices
-    n: int = 768,  # their size on a processor; six times that on a GPU
-) -> float:  # floating-point operations a second, best of five
-    "Measure how fast this machine multiplies matrices"
-    n = n if device == "cpu" else 6 * n
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
-        started = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
-
 # %% ../../nbs/student/sizes.ipynb #874f9c87
 def minutes_for(
     plan: Plan,
-    device: str,
-    dtype: torch.dtype,
+    device: str,  # `cpu` or `cuda`
+    dtype: str,  # `float32` or `bfloat16`
 ) -> float:  # training reaches about 0.6 of the matrix speed on a processor, 0.35 on a GPU
     "Rough time a training run will take"
-    return (
-        plan.tflop * 1e12 / (probe_flops(device, dtype) * (0.6 if device == "cpu" else 0.35)) / 60
-    )
+    share = 0.6 if device == "cpu" else 0.35
+    return plan.tflop * 1e12 / (multiply_rate(device, dtype) * share) / 60
