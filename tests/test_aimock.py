@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_generate import attempts, make_study
+from asked import attempts, make_study
 
 from cot_distill.asking.replies import Question
 from cot_distill.core.config import TeacherConfig

@@ -5,12 +5,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
+from asked import HELPERS, RUN, make_study
 from faulty_server import FaultyServer, Reply, Request, completion
-from test_generate import RUN, make_study
 
 from cot_distill.asking.ledger import BatchLedger
 from cot_distill.core.errors import InputError, ResumeLater
@@ -243,7 +242,7 @@ def test_killed_and_found_again(tmp_path, moment):
     with BatchServer(looks=10**9) as server:
         server.create_delay_s = 30.0 if moment == "while submitting" else 0.0
         code = RUN.format(
-            tests=str(Path(__file__).parent),
+            tests=str(HELPERS),
             url=server.url,
             n=10,
             run=str(run.path),

@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from stand_ins import make_project, names, orders, seen
-from test_pipeline import NO_PAGES, results, run
+from stand_ins import NO_PAGES, make_project, names, orders, results, run, seen
 
 from cot_distill.batch.run import prepare_batch, run_prepared
 from cot_distill.core.config import load_study

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from asked import HELPERS, RUN, attempts, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
 from cot_distill.asking.pace import Pacer
@@ -25,41 +26,6 @@ from cot_distill.core.runs import RunFolder
 from cot_distill.generate import COLUMNS, run_generate, throughput
 
 GOOD = Reply(body=completion())
-
-
-def make_study(url: str, n: int = 1, teacher: dict | None = None, **generate):
-    "A study of n problems with one teacher at `url`, impatient enough for a test"
-    settings = {
-        "deadline_s": 1.0,
-        "max_attempts": 3,
-        "max_tokens": 64,
-        "keep_wrong": True,
-    } | generate
-    return parse_study(
-        {
-            "name": "faults",
-            "problems": {"source": "two-step", "limit": n},
-            "eval_sets": [{"name": "two-step", "source": "two-step", "limit": 2}],
-            "teachers": {
-                "t": {
-                    "provider": "openai",
-                    "model": "test-model",
-                    "base_url": url,
-                    "max_in_flight": 4,
-                    "usd_per_million_input": 1.0,
-                    "usd_per_million_output": 2.0,
-                }
-                | (teacher or {})
-            },
-            "generate": settings,
-        }
-    )
-
-
-def attempts(run: RunFolder) -> list[dict]:
-    connection = sqlite3.connect(run.ledger("t"))
-    connection.row_factory = sqlite3.Row
-    return [dict(r) for r in connection.execute("SELECT * FROM attempts ORDER BY attempt_id")]
 
 
 @pytest.fixture(autouse=True)
@@ -506,24 +472,8 @@ def test_a_response_that_names_no_model_gets_none(tmp_path):
     assert pd.read_parquet(run.rationales("t"))["model"].isna().all()
 
 
-RUN = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_generate import make_study
-from cot_distill.core.errors import CotDistillError
-from cot_distill.generate import run_generate
-from cot_distill.core.runs import RunFolder
-try:
-    run_generate(make_study({url!r}, n={n}, teacher={teacher!r}, deadline_s=20), "t", RunFolder({run!r}))
-except CotDistillError as err:
-    print(err)
-    sys.exit(err.exit_code)
-"""
-
-
 def start(url: str, run: Path, n: int, **teacher) -> subprocess.Popen:
-    code = RUN.format(tests=str(Path(__file__).parent), url=url, n=n, run=str(run), teacher=teacher)
+    code = RUN.format(tests=str(HELPERS), url=url, n=n, run=str(run), teacher=teacher)
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

@@ -13,34 +13,26 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from stand_ins import PARAMETERS, make_project, names, orders, seen, write_notebook
+from stand_ins import (
+    NO_PAGES,
+    PARAMETERS,
+    make_project,
+    names,
+    orders,
+    results,
+    run,
+    seen,
+    write_notebook,
+)
 
 from cot_distill.batch.execute import report_finished, secret_values
 from cot_distill.batch.executors import Hands, visible_gpus
-from cot_distill.batch.plan import STAGES, Job, estimate_seconds
-from cot_distill.batch.run import check_batch, compare_runs, prepare_batch, run_study, turn
+from cot_distill.batch.plan import Job, estimate_seconds
+from cot_distill.batch.run import check_batch, compare_runs, prepare_batch, turn
 from cot_distill.batch.view import Batch, batch_table, exit_code, plan_report, seconds_left
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
 from cot_distill.core.runs import locked, write_json
-
-NO_PAGES = [stage for stage in STAGES if stage != "site"]
-
-
-def run(study: Path, **options: object) -> tuple[int, str]:
-    "Exit code and everything that was printed"
-    folder = study.parent
-    out = folder / "out.txt"
-    with out.open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=200, force_terminal=False, no_color=True)
-        options = {
-            "stages": NO_PAGES,
-            "run_dir": folder / "runs" / "small",
-            "nbs": folder / "nbs",
-            "console": console,
-        } | options
-        code = run_study(study, **options)
-    return code, out.read_text(encoding="utf-8")
 
 
 def launch(study: Path, *more: str) -> subprocess.Popen:
@@ -93,10 +85,6 @@ def assert_all_end(study: Path, within_s: float = 10) -> None:
     while left := processes_of(study):
         assert time.monotonic() < until, f"still running: {left}"
         time.sleep(0.05)
-
-
-def results(study: Path) -> dict:
-    return json.loads((study.parent / "runs/small/results.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

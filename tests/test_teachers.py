@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from faulty_server import FaultyServer, Reply, completion, error
+from asked import HELPERS, make_study
+from faulty_server import FaultyServer, Reply, completion, error, gemini_reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generate import make_study
 
 from cot_distill.asking.keys import read_key, redact
 from cot_distill.asking.loop import _columns, cost_usd
@@ -48,16 +48,6 @@ QUESTION = Question(
 @pytest.fixture
 def gemini_key(monkeypatch):
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
-
-
-def gemini_reply(text="#### 19", finish="STOP", **more):
-    return {
-        "candidates": [
-            {"content": {"parts": [{"text": text}], "role": "model"}, "finishReason": finish}
-        ],
-        "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4},
-        "modelVersion": "gemini-x-001",
-    } | more
 
 
 def google_error(code, status, message, details=()):
@@ -195,11 +185,16 @@ def test_a_stuck_gemini_call_does_not_hold_the_process(gemini_key):
     "A reply that drips for ever costs its deadline, not the exit of the process"
     code = f"""
 import asyncio, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_teachers import QUESTION, FaultyServer, GeminiTeacher, Reply, TeacherConfig, gemini_reply
+sys.path.insert(0, {str(HELPERS)!r})
+from faulty_server import FaultyServer, Reply, gemini_reply
+from cot_distill.asking.replies import Question
+from cot_distill.core.config import TeacherConfig
+from cot_distill.teachers import GeminiTeacher
+from cot_distill.core.problems import load_problems
+question = Question(load_problems("two-step", limit=1)[0], 0, [{{"role": "user", "content": "How many?"}}], 64)
 with FaultyServer(lambda r, n: Reply(body=gemini_reply(text="x" * 5000), how="drip")) as server:
     teacher = GeminiTeacher(TeacherConfig(provider="gemini", model="m", base_url=server.url.removesuffix("/v1"), max_in_flight=1), deadline_s=1)
-    print([asyncio.run(teacher.ask(QUESTION)).status for _ in range(3)])
+    print([asyncio.run(teacher.ask(question)).status for _ in range(3)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "['timeout', 'timeout', 'timeout']" in done.stdout, done.stderr

@@ -5,12 +5,11 @@ python tools/check_sync.py       exit 1, naming the files, when they do not agre
 
 import hashlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
+os.environ.pop("IN_TEST", None)  # where nbdev's test runner has set it, nbdev exports nothing
 
 
 def contents() -> dict[Path, str]:
@@ -20,16 +19,21 @@ def contents() -> dict[Path, str]:
     return {p.relative_to(ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def write_all() -> None:
+    "Write everything that is made from notebooks, all in this process"
+    from nbdev.clean import nbdev_clean
+    from nbdev.doclinks import nbdev_export
+    from readme import write_readme
+
+    os.chdir(ROOT)
+    nbdev_export()
+    nbdev_clean()
+    write_readme()
+
+
 def main() -> None:
     before = contents()
-    # where IN_TEST is set, as nbdev's own test runner sets it, nbdev_export returns at once and says nothing
-    environment = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-    for command in (
-        [BIN / "nbdev_export"],
-        [BIN / "nbdev_clean"],
-        [sys.executable, ROOT / "tools" / "readme.py"],
-    ):
-        subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    write_all()
     after = contents()
     changed = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
     if changed:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from check_sync import write_all
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -25,28 +27,14 @@ def main() -> None:
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    environment.pop(
-        "IN_TEST", None
-    )  # nbdev_export does nothing where nbdev's test runner has set it
     chosen = [path for path in found if path in asked or not asked]
-    run = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--log-level=ERROR",
-        "--to",
-        "notebook",
-        "--execute",
-        "--inplace",
-    ]
+    run = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "notebook"]
     for number, path in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {path.relative_to(ROOT)}", flush=True)
-        subprocess.run([*run, path], check=True, env=environment, cwd=ROOT)
-    for command in ("nbdev_export", "nbdev_clean"):
-        subprocess.run([BIN / command], check=True, env=environment, cwd=ROOT)
-    subprocess.run(
-        [sys.executable, ROOT / "tools" / "readme.py"], check=True, env=environment, cwd=ROOT
-    )
+        subprocess.run(
+            [*run, "--execute", "--inplace", path], check=True, env=environment, cwd=ROOT
+        )
+    write_all()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,7 @@
-"""Write README.md from nbs/index.ipynb with nbconvert (nbdev's own command wants Quarto).
-
-python tools/readme.py           write it
-python tools/readme.py --check   exit 1 when it is not up to date
-"""
+"Write README.md from nbs/index.ipynb with nbconvert (nbdev's own command wants Quarto)."""
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -35,16 +30,11 @@ def readme_text() -> str:
     return note + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
 
 
-def main() -> None:
-    if not (ROOT / "nbs" / "index.ipynb").exists():
-        return
-    target, text = ROOT / "README.md", readme_text()
-    if "--check" in sys.argv:
-        if not target.exists() or target.read_text(encoding="utf-8") != text:
-            sys.exit("README.md is not what nbs/index.ipynb says; run: python tools/readme.py")
-        return
-    target.write_text(text, encoding="utf-8")
+def write_readme() -> None:
+    "README.md, where the notebook exists"
+    if (ROOT / "nbs" / "index.ipynb").exists():
+        (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write_readme()

@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 
 import nbformat
+from rich.console import Console
+
+from cot_distill.batch.plan import STAGES as PLANNED
+from cot_distill.batch.run import run_study
 
 PARAMETERS = "config = ''\nteacher = 'recorded'\nlimit = 4\nrun_dir = ''\n"
 COMMON = """
@@ -133,3 +137,26 @@ def names(folder: Path, since: int = 0) -> list[str]:
         f"{one['stage']} {one['variant']}" if one["variant"] else one["stage"]
         for one in seen(folder)[since:]
     ]
+
+
+NO_PAGES = [stage for stage in PLANNED if stage != "site"]
+
+
+def run(study: Path, **options: object) -> tuple[int, str]:
+    "Exit code and everything that was printed"
+    folder = study.parent
+    out = folder / "out.txt"
+    with out.open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=200, force_terminal=False, no_color=True)
+        options = {
+            "stages": NO_PAGES,
+            "run_dir": folder / "runs" / "small",
+            "nbs": folder / "nbs",
+            "console": console,
+        } | options
+        code = run_study(study, **options)
+    return code, out.read_text(encoding="utf-8")
+
+
+def results(study: Path) -> dict:
+    return json.loads((study.parent / "runs/small/results.json").read_text(encoding="utf-8"))

@@ -200,3 +200,14 @@ class FaultyServer:
             writer.write(body)
         await writer.drain()
         return reply.how == "whole"
+
+
+def gemini_reply(text: str = "#### 19", finish: str = "STOP", **more: object) -> dict:
+    "What Gemini answers when all is well"
+    return {
+        "candidates": [
+            {"content": {"parts": [{"text": text}], "role": "model"}, "finishReason": finish}
+        ],
+        "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4},
+        "modelVersion": "gemini-x-001",
+    } | more
