@@ -52,10 +52,16 @@ def report(
 
     source = provenance()
     data = {
-        "benchmark": name, "command": command(), "commit": source["commit"], "hardware": source["hardware"],
-        "packages": source["packages"] | {"python": source["python"]}, "rows": [dict(r) for r in rows],
-        "goals": [dict(g) for g in goals], "not_run": [dict(n) for n in not_run], "notes": [*notes, *_uncommitted()],
-    }  # fmt: skip
+        "benchmark": name,
+        "command": command(),
+        "commit": source["commit"],
+        "hardware": source["hardware"],
+        "packages": source["packages"] | {"python": source["python"]},
+        "rows": [dict(r) for r in rows],
+        "goals": [dict(g) for g in goals],
+        "not_run": [dict(n) for n in not_run],
+        "notes": [*notes, *_uncommitted()],
+    }
     path = folder / f"{name}.json"
     write_json(path, data)
     print(markdown(data))
@@ -63,7 +69,8 @@ def report(
 
 
 def command(argv: list[str] | None = None) -> str:
-    "The command line as anyone would type it; absolute paths, which are this machine's, become PATH"
+    """The command line as anyone would type it; absolute paths, which are this machine's, become
+    PATH"""
     script, *words = sys.argv if argv is None else argv
     return shlex.join(
         [

@@ -239,7 +239,8 @@ def pythons(args: argparse.Namespace) -> dict[str, str]:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
-    "Write prompts, lengths and random adapters; a JSON file that names them, the one that is there if it fits"
+    """Write prompts, lengths and random adapters; a JSON file that names them, the one that is
+    there if it fits"""
     path = folder / "work.json"
     wanted = {key: getattr(args, key) for key in ("student", "dtype", "n", "lora_r", "scale")}
     if path.exists() and json.loads(path.read_text())["settings"] == wanted:
@@ -281,9 +282,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
         adapted.save_pretrained(folder / variant)
         model = adapted.unload()
     work = {
-        "settings": wanted, "source": str(student_source(student)), "adapters": {v: str(folder / v) for v in QUANTILES}, "lengths": lengths,
+        "settings": wanted,
+        "source": str(student_source(student)),
+        "adapters": {v: str(folder / v) for v in QUANTILES},
+        "lengths": lengths,
         "prompts": [prompt_ids(tokenizer, p.question, student) for p in problems],
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(work))
     return path
@@ -343,7 +347,8 @@ def processor_s() -> float:
 
 
 def summed(parts: dict[str, dict[str, float]], lengths: dict[str, list[int]]) -> dict[str, Any]:
-    "Seconds for a problem of mean length, over all students; the last one that ran stands for those that did not"
+    """Seconds for a problem of mean length, over all students; the last one that ran stands for
+    those that did not"""
     mean = {v: float(np.mean(lengths[v])) for v in lengths}
     last = list(parts)[-1]
     rates = {
@@ -368,9 +373,15 @@ def row(args: argparse.Namespace, name: str, found: dict[str, Any]) -> dict[str,
     }.get(name)
     tokens_per_s = found["mean_tokens"] / found["wall_s"]
     return {
-        "engine": name, "problems_per_s": 1 / found["wall_s"], "tokens_per_s": tokens_per_s, "problems_per_cpu_s": 1 / found["cpu_s"],
-        "side_by_side": side_by_side, "problems": found["n_problems"], "tokens": found["n_tokens"], "slot_use": found.get("slot_use"),
-    }  # fmt: skip
+        "engine": name,
+        "problems_per_s": 1 / found["wall_s"],
+        "tokens_per_s": tokens_per_s,
+        "problems_per_cpu_s": 1 / found["cpu_s"],
+        "side_by_side": side_by_side,
+        "problems": found["n_problems"],
+        "tokens": found["n_tokens"],
+        "slot_use": found.get("slot_use"),
+    }
 
 
 def result(parts: dict[str, dict[str, float]], work: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -415,7 +426,8 @@ def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, A
 
 
 def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) -> dict[str, Any]:
-    "transformers' `generate` with PEFT's adapter beside the weights, so many prompts in a padded batch"
+    """transformers' `generate` with PEFT's adapter beside the weights, so many prompts in a padded
+    batch"""
     import torch
 
     from cot_distill.student.model import load_adapter, load_student
@@ -485,7 +497,8 @@ def measure_static(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, 
 
 
 def measure_lm_eval(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
-    "lm-eval's hf backend: its own batching, order, tokenizing and stopping; only the lengths are given"
+    """lm-eval's hf backend: its own batching, order, tokenizing and stopping; only the lengths are
+    given"""
     import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -580,7 +593,8 @@ def flip_rate(found: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def scheduler_use(n: int, slots: int) -> float:
-    "Slot use of the decoder at a study's size, with a model that costs nothing: only who waits for whom is measured"
+    """Slot use of the decoder at a study's size, with a model that costs nothing: only who waits
+    for whom is measured"""
     import torch
 
     from cot_distill.student.slots import DecodeTally, decode

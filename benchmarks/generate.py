@@ -65,7 +65,8 @@ def settings() -> argparse.Namespace:
 
 
 class Limits:
-    "So many requests and tokens in any window of a minute; a strict provider, who lets nothing be saved up"
+    """So many requests and tokens in any window of a minute; a strict provider, who lets nothing be
+    saved up"""
 
     def __init__(self, rpm: float, tpm: float, minute_s: float):
         self.rpm, self.tpm, self.minute_s = rpm, tpm, minute_s
@@ -355,7 +356,8 @@ def one(told: dict) -> None:
 def run_one(
     python: str, variant: str, latency_s: float, limits: dict | None = None, **told
 ) -> dict:
-    "One variant against a fresh server: processor seconds of all its processes, and what the server counted"
+    """One variant against a fresh server: processor seconds of all its processes, and what the
+    server counted"""
     with (
         served(latency_s, **(limits or {})) as (url, stats),
         tempfile.TemporaryDirectory() as folder,
@@ -492,9 +494,15 @@ def cost_rows(args: argparse.Namespace, goals: list, not_run: list) -> Iterator[
             )
             most = statistics.median(got["most_in_flight"] for got in all_)
             yield {
-                "question": "cost", "variant": name, "in_flight": in_flight, "reached_in_flight": most, "requests": n, "requests_per_s": rate,
-                "cpu_ms_per_request": cpu[name], "cpu_times_openai": cpu[name] / cpu["openai"],
-            }  # fmt: skip
+                "question": "cost",
+                "variant": name,
+                "in_flight": in_flight,
+                "reached_in_flight": most,
+                "requests": n,
+                "requests_per_s": rate,
+                "cpu_ms_per_request": cpu[name],
+                "cpu_times_openai": cpu[name] / cpu["openai"],
+            }
         goals.append(
             goal(
                 f"processor time a request at {in_flight} in flight, of `openai` alone",
@@ -523,9 +531,11 @@ def main() -> int:
         rows += cost_rows(args, goals, not_run)
     notes = [
         f"limits: a minute lasts {args.minute:g} s, so {RPM * 60 / args.minute:,.0f} requests and {TPM * 60 / args.minute:,.0f} tokens a true minute; the server counts the prompt and the whole cap, in any window of that length",
-        f"load average at the start {load:.1f}: what else ran on these cores slows all variants alike" if load > 0.5 else "nothing else ran",
+        f"load average at the start {load:.1f}: what else ran on these cores slows all variants alike"
+        if load > 0.5
+        else "nothing else ran",
         f"cost: medians of {args.rounds} rounds, the variants in turn; client and server share {os.cpu_count()} cores, so requests a second are those of the pair; `cot_distill` does the whole stage (ledger on disk, grading, screening, parquet)",
-    ]  # fmt: skip
+    ]
     report("generate", rows, goals, not_run, notes)
     return 0
 

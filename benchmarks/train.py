@@ -78,9 +78,15 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
 
     student = student_for(args.student, variant.split("-")[1], torch.cuda.is_available())
     cfg = TrainConfig(
-        lora_r=args.lora_r, lora_alpha=2 * args.lora_r, lora_dropout=0.0, learning_rate=2e-4, epochs=1,
-        batch_size=args.batch_size, gradient_accumulation=1, packing=variant.startswith("packed"),
-    )  # fmt: skip
+        lora_r=args.lora_r,
+        lora_alpha=2 * args.lora_r,
+        lora_dropout=0.0,
+        learning_rate=2e-4,
+        epochs=1,
+        batch_size=args.batch_size,
+        gradient_accumulation=1,
+        packing=variant.startswith("packed"),
+    )
     model, tokenizer = load_student(student)
     examples = examples_of(source, tokenizer, student, args.batch_size * args.steps)
     order = training_order(examples, cfg, seed=0)
@@ -178,12 +184,30 @@ def trl_trainer(
         for e in (examples[i] for step in order for i in step)
     ]
     config = SFTConfig(
-        output_dir=arguments.output_dir, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=1, num_train_epochs=1,
-        learning_rate=cfg.learning_rate, lr_scheduler_type="cosine", warmup_steps=arguments.warmup_steps, weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.max_grad_norm, optim=arguments.optim, seed=0, bf16=arguments.bf16, use_cpu=arguments.use_cpu, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, max_length=cfg.max_length, completion_only_loss=True,
-        gradient_checkpointing=False, train_sampling_strategy="sequential", dataloader_pin_memory=False, padding_free=variant.startswith("trl_free"),
-    )  # fmt: skip
+        output_dir=arguments.output_dir,
+        per_device_train_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=1,
+        num_train_epochs=1,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=arguments.warmup_steps,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        optim=arguments.optim,
+        seed=0,
+        bf16=arguments.bf16,
+        use_cpu=arguments.use_cpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=cfg.max_length,
+        completion_only_loss=True,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=False,
+        padding_free=variant.startswith("trl_free"),
+    )
     torch.manual_seed(0)
     lora = LoraConfig(
         r=cfg.lora_r,
@@ -325,7 +349,8 @@ def row(problems: str, variant: str, results: list[dict]) -> dict[str, Any]:
 
 
 def over(rows: list[dict], problems: str, variant: str, other: str) -> float | None:
-    "How many times as fast one variant is as another: by the clock on a GPU, by processor seconds without one"
+    """How many times as fast one variant is as another: by the clock on a GPU, by processor seconds
+    without one"""
     speeds = {
         r["variant"]: r["tokens_per_cpu_s"] or r["tokens_per_s"]
         for r in rows

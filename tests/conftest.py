@@ -1,4 +1,5 @@
-"Every test runs offline, without anybody's keys and without bars; importing this file loads no torch"
+"""Every test runs offline, without anybody's keys and without bars; importing this file loads no
+torch"""
 
 import os
 import socket

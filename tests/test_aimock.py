@@ -148,7 +148,8 @@ def test_batch(mock, tmp_path):
 
 
 def test_chaos(mock, tmp_path):
-    "A server that drops, refuses, garbles and hangs up on four of ten calls: every problem is answered, once, and each call is in the ledger"
+    """A server that drops, refuses, garbles and hangs up on four of ten calls: every problem is
+    answered, once, and each call is in the ledger"""
     run = RunFolder(tmp_path / "run")
     study = make_study(
         f"{mock.origin}/v1",

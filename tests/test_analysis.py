@@ -1,4 +1,5 @@
-"The analysis: the published study's table, every question on a made run, and what is said when there is nothing to say"
+"""The analysis: the published study's table, every question on a made run, and what is said when
+there is nothing to say"""
 
 import json
 import math
@@ -124,10 +125,14 @@ def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
     shares = outcome_shares(answers)
     beside = analysis.gains_beside_texts(main, texts, made.training)
     said = {
-        1: analysis.gain_sentences(main), 2: analysis.ranking_sentences(analysis.pairwise(answers)), 3: analysis.teacher_sentences(texts),
-        4: analysis.collapse_sentences(shares), 5: analysis.mistake_sentences(shares), 6: analysis.cost_sentences(analysis.cost_table(main), "a machine"),
+        1: analysis.gain_sentences(main),
+        2: analysis.ranking_sentences(analysis.pairwise(answers)),
+        3: analysis.teacher_sentences(texts),
+        4: analysis.collapse_sentences(shares),
+        5: analysis.mistake_sentences(shares),
+        6: analysis.cost_sentences(analysis.cost_table(main), "a machine"),
         8: analysis.brittle_sentences(analysis.other_sets(made.results)),
-    }  # fmt: skip
+    }
     for number, sentences in said.items():
         assert sentences, number
         assert not re.search(r"\bnan\b|None", " ".join(sentences)), (number, sentences)
@@ -148,10 +153,15 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
     texts = analysis.with_features(made.rationales)
     beside = analysis.gains_beside_texts(main, texts, made.training)
     drawings = {
-        "accuracy": (figures.plot_accuracy, main), "forest": (figures.plot_forest, main), "pairwise": (figures.plot_pairwise, analysis.pairwise(answers)),
-        "lengths": (figures.plot_lengths, texts), "gain": (figures.plot_gain_against, beside), "outcomes": (figures.plot_outcomes, outcome_shares(answers)),
-        "pareto": (figures.plot_pareto, analysis.cost_table(main)), "others": (figures.plot_differences, analysis.other_sets(made.results)),
-    }  # fmt: skip
+        "accuracy": (figures.plot_accuracy, main),
+        "forest": (figures.plot_forest, main),
+        "pairwise": (figures.plot_pairwise, analysis.pairwise(answers)),
+        "lengths": (figures.plot_lengths, texts),
+        "gain": (figures.plot_gain_against, beside),
+        "outcomes": (figures.plot_outcomes, outcome_shares(answers)),
+        "pareto": (figures.plot_pareto, analysis.cost_table(main)),
+        "others": (figures.plot_differences, analysis.other_sets(made.results)),
+    }
     for name, (plot, data) in drawings.items():
         ax = plot(data, ax=Figure().subplots())
         assert ax.get_xlabel() or ax.get_title(), name
@@ -474,7 +484,8 @@ def test_nothing_but_arithmetic_is_computed(expression: str) -> None:
 
 
 def test_the_chapter_says_nothing_that_was_typed() -> None:
-    "Numbers in the analysis' own prose come from cells; markdown cells hold none but in names and titles"
+    """Numbers in the analysis' own prose come from cells; markdown cells hold none but in names and
+    titles"""
     cells = json.loads((ROOT / "nbs" / "04_analysis.ipynb").read_text(encoding="utf-8"))["cells"]
     for cell in cells:
         if cell["cell_type"] == "markdown":

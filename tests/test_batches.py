@@ -1,4 +1,5 @@
-"The Batch API over real sockets: submitted, killed, found again, expired half-way, refused; half the price"
+"""The Batch API over real sockets: submitted, killed, found again, expired half-way, refused; half
+the price"""
 
 import json
 import os

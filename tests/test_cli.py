@@ -1,4 +1,5 @@
-"The command line: quick to answer, exact about mistakes, the same words for people and for machines"
+"""The command line: quick to answer, exact about mistakes, the same words for people and for
+machines"""
 
 import json
 import os

@@ -32,7 +32,8 @@ def test_without_ray_the_sentence_says_what_to_install(
 
 
 def test_the_rental_task_fits_the_command_line() -> None:
-    "What SkyPilot is told to run are commands and options that exist; its own schema agrees where it is installed"
+    """What SkyPilot is told to run are commands and options that exist; its own schema agrees where
+    it is installed"""
     import yaml
     from typer.main import get_command
 
@@ -131,7 +132,8 @@ def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
 def test_each_student_gets_a_gpu_of_its_own(
     tmp_path: Path, cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Ray only counts the GPUs it is told of; what a job sees of them is what it would see of real ones"
+    """Ray only counts the GPUs it is told of; what a job sees of them is what it would see of real
+    ones"""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     many = make_project(tmp_path, "a", "b", "c", device="auto")
     orders(many.parent, train_a={"seconds": 6}, train_b={"seconds": 6}, train_c={"seconds": 6})

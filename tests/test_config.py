@@ -1,4 +1,5 @@
-"The study file: what is refused, in which words, and that nothing is lost on the way to the run folder"
+"""The study file: what is refused, in which words, and that nothing is lost on the way to the run
+folder"""
 
 import tomllib
 from pathlib import Path

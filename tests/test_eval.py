@@ -47,9 +47,20 @@ COLUMNS = [
     "truncated",
 ]
 ROW_KEYS = {
-    "variant", "teacher", "n", "n_correct", "accuracy", "ci95", "n_truncated", "n_no_answer", "final_train_loss",
-    "train_wall_s", "eval_wall_s", "teacher_cost_usd", "vs_base",
-}  # fmt: skip
+    "variant",
+    "teacher",
+    "n",
+    "n_correct",
+    "accuracy",
+    "ci95",
+    "n_truncated",
+    "n_no_answer",
+    "final_train_loss",
+    "train_wall_s",
+    "eval_wall_s",
+    "teacher_cost_usd",
+    "vs_base",
+}
 
 
 @pytest.fixture(scope="module")
@@ -494,8 +505,13 @@ def test_repeats_over_seeds(folder: Path, run: RunFolder, scripted: Any) -> None
     study = study.model_copy(update={"teachers": teachers, "seed": 5, "repeats": 3})
     right = [f"#### {r}" for r in references(study)]
     n_right = {
-        "human": 4, "x": 1, "human.seed6": 2, "x.seed6": 0, "human.seed7": 3, "x.seed7": 2,
-    }  # fmt: skip
+        "human": 4,
+        "x": 1,
+        "human.seed6": 2,
+        "x.seed6": 0,
+        "human.seed7": 3,
+        "x.seed7": 2,
+    }
     assert list(study.variants()) == list(n_right)
     for name in n_right:
         give_adapter(run, study, name)

@@ -1,4 +1,5 @@
-"""Generation against real loopback sockets: every fault, what is sent, what the ledger holds afterwards."""
+"""Generation against real loopback sockets: every fault, what is sent, what the ledger holds
+afterwards."""
 
 import asyncio
 import json
@@ -289,7 +290,8 @@ def test_the_message_says_when_to_come_back(tmp_path, reply, when):
 
 
 def test_samples_of_one_problem(tmp_path):
-    "Three samples a problem: a second text that says the same is dropped, one that differs is kept; the ledger has three requests"
+    """Three samples a problem: a second text that says the same is dropped, one that differs is
+    kept; the ledger has three requests"""
     texts = [
         "Three rows of 4 apples are 12 apples in all.\n#### 12",
         "three rows of 4 apples, are 12 apples: in all!\n#### 12",
@@ -328,7 +330,8 @@ def test_the_same_answer_is_not_paid_for_twice(tmp_path):
 
 
 def contaminated_study(tmp_path: Path, url: str):
-    "Real words, not templates: one training question is a test question, and the teacher recites a test solution"
+    """Real words, not templates: one training question is a test question, and the teacher recites
+    a test solution"""
     test = [
         {
             "question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips in all?",
@@ -347,10 +350,13 @@ def contaminated_study(tmp_path: Path, url: str):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return parse_study(
         {
-            "name": "c", "problems": {"source": str(tmp_path / "train.jsonl")}, "eval_sets": [{"name": "e", "source": str(tmp_path / "test.jsonl")}],
-            "teachers": {"t": {"provider": "openai", "model": "test-model", "base_url": url}}, "generate": {"keep_wrong": True},
+            "name": "c",
+            "problems": {"source": str(tmp_path / "train.jsonl")},
+            "eval_sets": [{"name": "e", "source": str(tmp_path / "test.jsonl")}],
+            "teachers": {"t": {"provider": "openai", "model": "test-model", "base_url": url}},
+            "generate": {"keep_wrong": True},
         }
-    )  # fmt: skip
+    )
 
 
 def test_contamination_is_counted_by_text_and_length(tmp_path):
@@ -521,7 +527,8 @@ def test_two_runs_at_once(tmp_path):
 
 
 def killed_runs(tmp_path: Path, n_problems: int, n_kills: int, delay_s: float) -> None:
-    "Kill a run at random instants; every question must end with one answer, no finished call sent again"
+    """Kill a run at random instants; every question must end with one answer, no finished call sent
+    again"""
     import random
 
     rng, run = random.Random(7), RunFolder(tmp_path / "run")

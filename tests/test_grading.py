@@ -1,4 +1,5 @@
-"The grader: every dress of a number comes back, every wrong reading is refused, at speed, on any text"
+"""The grader: every dress of a number comes back, every wrong reading is refused, at speed, on any
+text"""
 
 import json
 import os
@@ -475,8 +476,10 @@ def test_rules_of_the_harness_are_its_own() -> None:
     from lm_eval.api.metrics import exact_match_hf_evaluate
 
     how = {
-        "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"], "ignore_case": True, "ignore_punctuation": False,
-    }  # fmt: skip
+        "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"],
+        "ignore_case": True,
+        "ignore_punctuation": False,
+    }
     filters = {
         "lm_eval_strict": extraction.RegexFilter(regex_pattern=r"#### (\-?[0-9\.\,]+)"),
         "lm_eval_flexible": extraction.RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1),

@@ -1,4 +1,5 @@
-"The house stands as it is drawn: imports run one way, every dependency is named and locked, nothing heavy loads early"
+"""The house stands as it is drawn: imports run one way, every dependency is named and locked,
+nothing heavy loads early"""
 
 import ast
 import re

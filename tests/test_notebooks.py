@@ -1,4 +1,5 @@
-"The notebooks are lesson, source and test at once: they run, they agree with the library, they can be given parameters"
+"""The notebooks are lesson, source and test at once: they run, they agree with the library, they
+can be given parameters"""
 
 import json
 import os
@@ -63,7 +64,8 @@ def test_the_chapters_that_run_once_declare_what_they_can_use() -> None:
 
 
 def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> None:
-    "As people are used to; the report is then continued from the files of its run, in its own folder as JupyterLab does it"
+    """As people are used to; the report is then continued from the files of its run, in its own
+    folder as JupyterLab does it"""
     run, report = tmp_path / "runs/demo", tmp_path / "runs/demo/reports/01_generate-human.ipynb"
     report.parent.mkdir(parents=True)
     tool, quiet = (
@@ -103,7 +105,8 @@ def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> 
 def test_chapters_know_repeats_and_samples(
     tmp_path: Path, chapter: str, student: str, settings: dict
 ) -> None:
-    "A student with another seed is taught by the same teacher's texts; an answer may be asked for more than once"
+    """A student with another seed is taught by the same teacher's texts; an answer may be asked for
+    more than once"""
     study = make_study(
         make_student(tmp_path / "student", hidden=32, layers=1), n=8, epochs=1
     ).model_copy(update={"repeats": 2})

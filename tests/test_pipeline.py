@@ -473,7 +473,8 @@ def test_a_signal_stops_and_saves(study: Path, number: int, code: int) -> None:
 
 
 def kill_until_done(study: Path, n_kills: int, rng: random.Random, longest_s: float) -> None:
-    "Kill launchers at random instants, then let one finish; nothing is left running, nothing is wrong"
+    """Kill launchers at random instants, then let one finish; nothing is left running, nothing is
+    wrong"""
     for _ in range(n_kills):
         launcher = launch(study)
         time.sleep(rng.uniform(0.3, longest_s))

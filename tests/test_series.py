@@ -1,4 +1,5 @@
-"The series: what is read, what is done once, what survives a kill, what several machines make together"
+"""The series: what is read, what is done once, what survives a kill, what several machines make
+together"""
 
 import asyncio
 import json
@@ -43,7 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    "A data folder: a random student, problems, the same test problems with one label changed, a recording"
+    """A data folder: a random student, problems, the same test problems with one label changed, a
+    recording"""
     folder = tmp_path_factory.mktemp("data")
     make_student(folder / "student", hidden=32, layers=1)
     problems = load_problems("two-step", "test", 6)
@@ -320,7 +322,8 @@ def test_changed_settings_are_refused(whole, data, series_file, tmp_path):
 
 
 def test_killed_at_any_point_it_goes_on(whole, data, series_file, tmp_path):
-    "kill -9 in training and in scoring; the third call ends with the same numbers as an unbroken run"
+    """kill -9 in training and in scoring; the third call ends with the same numbers as an unbroken
+    run"""
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -518,16 +521,26 @@ DATA = Path(os.environ.get("COT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
     reason="COT_DISTILL_DATA names no folder with GSM8K and the recorded teachers",
 )
 def test_the_reference_study_runs_on_real_data(tmp_path):
-    "Every study and every student once, with random weights of a million parameters, few examples and few problems"
+    """Every study and every student once, with random weights of a million parameters, few examples
+    and few problems"""
     series = load_series(ROOT / "configs" / "reference.toml")
     make_student(tmp_path / "student", hidden=32, layers=1)
     n_test = [{"limit": 20}, {"limit": 16}, {"limit": 4}]
     smaller = {
-        "problems": {"limit": 24}, "eval_sets": [s | n for s, n in zip(series.study["eval_sets"], n_test, strict=True)],
-        "student": {"model": str(tmp_path / "student"), "quantization": "none", "dtype": "float32", "device": "cpu"},
-        "generate": {"keep_wrong": True},  # a random student is never right, and shall be its own teacher
-        "train": {"lora_r": 4, "lora_alpha": 8}, "eval": {"max_new_tokens": 12, "slots": 20, "n_bootstrap": 200},
-    }  # fmt: skip
+        "problems": {"limit": 24},
+        "eval_sets": [s | n for s, n in zip(series.study["eval_sets"], n_test, strict=True)],
+        "student": {
+            "model": str(tmp_path / "student"),
+            "quantization": "none",
+            "dtype": "float32",
+            "device": "cpu",
+        },
+        "generate": {
+            "keep_wrong": True
+        },  # a random student is never right, and shall be its own teacher
+        "train": {"lora_r": 4, "lora_alpha": 8},
+        "eval": {"max_new_tokens": 12, "slots": 20, "n_bootstrap": 200},
+    }
     fewer = {"problems": {"limit": 12}}
 
     def smaller_step(step: Step) -> Step:

@@ -1,4 +1,5 @@
-"What is published: pages that are safe, whole and readable, a staged site whose links hold, and a scan that refuses"
+"""What is published: pages that are safe, whole and readable, a staged site whose links hold, and a
+scan that refuses"""
 
 import json
 import re
@@ -136,8 +137,15 @@ def pages(run: RunFolder) -> dict[str, BeautifulSoup]:
 
 def test_there_is_a_page_for_every_report(pages: dict[str, BeautifulSoup]) -> None:
     assert set(pages) == {
-        "index.html", "problems.html", "00_teachers.html", "01_generate-human.html", "02_train-human.html", "03_eval-human.html", "03_eval-base.html", "04_analysis.html",
-    }  # fmt: skip
+        "index.html",
+        "problems.html",
+        "00_teachers.html",
+        "01_generate-human.html",
+        "02_train-human.html",
+        "03_eval-human.html",
+        "03_eval-base.html",
+        "04_analysis.html",
+    }
     linked = {link["href"] for link in pages["index.html"].find_all("a", href=True)}
     assert set(pages) - {"index.html"} <= linked
 

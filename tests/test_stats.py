@@ -1,4 +1,5 @@
-"The statistics against independent implementations and against the published table they were made for"
+"""The statistics against independent implementations and against the published table they were made
+for"""
 
 import math
 

@@ -1,4 +1,5 @@
-"One study as a whole: the same inputs give the same numbers, and every number says where it comes from"
+"""One study as a whole: the same inputs give the same numbers, and every number says where it comes
+from"""
 
 import json
 import os
@@ -29,12 +30,24 @@ def study_of(student: Path, **settings: object) -> StudyConfig:
     "Two teachers, six problems, a student of some thousand parameters"
     return parse_study(
         {
-            "name": "whole", "problems": {"source": "two-step", "limit": 6}, "eval_sets": [{"name": "two-step", "source": "two-step", "split": "test", "limit": 4}],
-            "student": {"model": str(student), "dtype": "float32", "device": "cpu"}, "teachers": TEACHERS,
-            "train": {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 0.01, "epochs": 2, "batch_size": 2, "gradient_accumulation": 1},
+            "name": "whole",
+            "problems": {"source": "two-step", "limit": 6},
+            "eval_sets": [{"name": "two-step", "source": "two-step", "split": "test", "limit": 4}],
+            "student": {"model": str(student), "dtype": "float32", "device": "cpu"},
+            "teachers": TEACHERS,
+            "train": {
+                "lora_r": 4,
+                "lora_alpha": 8,
+                "lora_dropout": 0.1,
+                "learning_rate": 0.01,
+                "epochs": 2,
+                "batch_size": 2,
+                "gradient_accumulation": 1,
+            },
             "eval": {"max_new_tokens": 12, "slots": 3, "n_bootstrap": 200},
-        } | settings
-    )  # fmt: skip
+        }
+        | settings
+    )
 
 
 def complete(study: StudyConfig, folder: Path) -> RunFolder:
@@ -155,7 +168,8 @@ def test_the_footer_of_a_report_is_text_whatever_the_study_says(
 
 @pytest.mark.slow
 def test_one_student_on_two_processes(student: Path, first: RunFolder, tmp_path: Path) -> None:
-    "accelerate launch: the passes of a step are shared out, the student is the one of a single process"
+    """accelerate launch: the passes of a step are shared out, the student is the one of a single
+    process"""
     study = study_of(
         student,
         train={
@@ -228,7 +242,8 @@ def numbers(run_dir: Path) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_real_stages_killed_at_any_instant_end_with_the_same_numbers(tmp_path: Path) -> None:
-    "kill -9 of the launcher, then of a papermill process or kernel, in turn; the last run goes to its end"
+    """kill -9 of the launcher, then of a papermill process or kernel, in turn; the last run goes to
+    its end"""
     calm, killed, rng = tmp_path / "calm", tmp_path / "killed", random.Random(0)
     assert subprocess.run([*COMMAND, "--run-dir", calm], capture_output=True).returncode == 0
     for victim in ("launcher", "stage", "launcher", "stage"):

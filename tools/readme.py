@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb with nbconvert (nbdev's own command wants Quarto)."""
+"Write README.md from nbs/index.ipynb with nbconvert (nbdev's own command wants Quarto)"
 
 import os
 import re

@@ -1,4 +1,5 @@
-"A small run folder in the layout of a real one, its texts written by a program: input for tests of what reads runs"
+"""A small run folder in the layout of a real one, its texts written by a program: input for tests
+of what reads runs"""
 
 import json
 import random

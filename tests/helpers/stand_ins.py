@@ -1,4 +1,5 @@
-"Stand-ins for the stages: notebooks that run in a moment, write where the real ones write, and misbehave when told to"
+"""Stand-ins for the stages: notebooks that run in a moment, write where the real ones write, and
+misbehave when told to"""
 
 import json
 from pathlib import Path

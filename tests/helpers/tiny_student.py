@@ -1,4 +1,5 @@
-"A Qwen2-shaped student of a few million parameters, random, with SmolLM2's tokenizer; and a study around it"
+"""A Qwen2-shaped student of a few million parameters, random, with SmolLM2's tokenizer; and a study
+around it"""
 
 from pathlib import Path
 
@@ -17,9 +18,15 @@ def make_student(folder: Path, hidden: int = 64, layers: int = 2) -> Path:
 
     tokenizer = load_tokenizer(StudentConfig(model="smollm2-135m", dtype="float32", device="cpu"))
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -41,10 +48,14 @@ def make_study(student: Path | str, n: int = 12, **train: object) -> StudyConfig
     settings = {"quantization": "none", "dtype": "float32", "device": "cpu"}
     return parse_study(
         {
-            "name": "tiny", "problems": {"source": "two-step", "limit": n}, "eval_sets": [{"name": "two-step", "source": "two-step", "limit": 4}],
-            "student": {"model": str(student), **settings}, "teachers": {"human": {"provider": "human"}}, "train": recipe | train,
+            "name": "tiny",
+            "problems": {"source": "two-step", "limit": n},
+            "eval_sets": [{"name": "two-step", "source": "two-step", "limit": 4}],
+            "student": {"model": str(student), **settings},
+            "teachers": {"human": {"provider": "human"}},
+            "train": recipe | train,
         }
-    )  # fmt: skip
+    )
 
 
 def write_rationales(run: RunFolder, n: int = 12, teacher: str = "human") -> pd.DataFrame:
