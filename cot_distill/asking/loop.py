@@ -9,10 +9,8 @@ __all__ = ['MAX_BILLED_ATTEMPTS', 'STOPPED', 'MAX_ROUNDS', 'POLL_S', 'prompt_tok
 # %% ../../nbs/asking/loop.ipynb #22882498
 import asyncio
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,7 +38,13 @@ from cot_distill.asking.replies import (
     read_error,
 )
 from ..core.config import GenerateConfig, TeacherConfig
-from ..core.errors import CotDistillError, InputError, Interrupted, ResumeLater
+from cot_distill.core.errors import (
+    CotDistillError,
+    InputError,
+    Interrupted,
+    ResumeLater,
+    handle_signals,
+)
 
 # %% ../../nbs/asking/loop.ipynb #3dea6e27
 def prompt_tokens_estimate(
@@ -277,7 +281,7 @@ def run_in_thread(
         if "asking" in shared:
             shared["loop"].call_soon_threadsafe(shared["asking"].halt, Interrupted(STOPPED, number))
 
-    with _signals(on_signal), ThreadPoolExecutor(1, thread_name_prefix="asking") as pool:
+    with handle_signals(on_signal), ThreadPoolExecutor(1, thread_name_prefix="asking") as pool:
         future = pool.submit(lambda: asyncio.run(main()))
         while not future.done():
             time.sleep(0.05)  # signals are handled between two naps of the main thread
@@ -287,20 +291,6 @@ def run_in_thread(
 
 # %% ../../nbs/asking/loop.ipynb #6409be65
 STOPPED = "stopped; finished answers are in the ledger, run the same command to go on"
-
-
-@contextlib.contextmanager
-def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    "Handle SIGINT and SIGTERM, where that is possible (in a main thread)"
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for n, previous in old.items():
-            signal.signal(n, previous)
 
 # %% ../../nbs/asking/loop.ipynb #290bccc5
 MAX_ROUNDS = 3  # batches in a row for what came back empty, cut or not at all

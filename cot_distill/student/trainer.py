@@ -10,9 +10,7 @@ __all__ = ['Diverged', 'check_finite', 'PackedTrainer', 'FittingTrainer', 'LoraT
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.config import StudentConfig, TrainConfig
-from ..core.errors import CotDistillError, InputError
+from ..core.errors import CotDistillError, InputError, handle_signals
 from ..core.progress import Progress
 from .checkpoints import checkpoints_in, keep_newest, seal
 from .model import device_of
@@ -236,20 +234,13 @@ def heeding_signals(
     "Let the first SIGINT or SIGTERM tell `watch`; the second acts as it always does"
 
     def on_signal(number: int, frame: Any) -> None:
+        if watch.signal_number:
+            raise KeyboardInterrupt
         watch.signal_number = number
-        for n, old in before.items():
-            signal.signal(n, old)
         print("stopping after this step; once more to stop at once", file=sys.stderr)
 
-    is_main = threading.current_thread() is threading.main_thread()
-    before = (
-        {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
-    )
-    try:
+    with handle_signals(on_signal):
         yield
-    finally:
-        for n, old in before.items():
-            signal.signal(n, old)
 
 # %% ../../nbs/student/trainer.ipynb #9e1270c9
 def training_arguments(
