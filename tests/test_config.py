@@ -181,3 +181,29 @@ def test_a_limit_cuts_every_set_and_never_raises_one():
     assert (study.problems.limit, study.eval_sets[0].limit) == (3, 5)
     with pytest.raises(InputError, match="limit must be >= 1"):
         with_limit(study, 0)
+
+
+def test_a_study_like_another_says_only_what_differs(tmp_path: Path) -> None:
+    "Paths of the other file start at its own folder; a list is replaced whole"
+    (tmp_path / "checks").mkdir()
+    (tmp_path / "big.toml").write_text(
+        "name = 'big'\n[problems]\nsource = './data/train.jsonl'\nlimit = 7\n"
+        "[[eval_sets]]\nname = 'a'\nsource = 'two-step'\n[[eval_sets]]\nname = 'b'\nsource = 'two-step'\n"
+        "[teachers.human]\nprovider = 'human'\n"
+    )
+    small = tmp_path / "checks" / "small.toml"
+    small.write_text(
+        "like = '../big.toml'\nname = 'small'\n[problems]\nlimit = 2\n"
+        "[[eval_sets]]\nname = 'c'\nsource = 'two-step'\n"
+    )
+    study = load_study(small)
+    assert study.path(study.problems.source) == tmp_path / "data/train.jsonl"
+    assert (study.name, study.problems.limit, [s.name for s in study.eval_sets]) == (
+        "small",
+        2,
+        ["c"],
+    )
+    assert list(study.teachers) == ["human"]
+    small.write_text("like = 'small.toml'\n")
+    with pytest.raises(InputError, match="is like itself"):
+        load_study(small)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FILE_ENDINGS', 'Part', 'ProblemsConfig', 'EvalSetConfig', 'StudentConfig', 'TeacherConfig', 'GenerateConfig',
            'TrainConfig', 'EvalConfig', 'RootedPart', 'Variant', 'StudyConfig', 'is_path', 'parse_study', 'read_toml',
-           'load_study', 'with_limit', 'to_toml', 'flatten', 'difference']
+           'overlay', 'load_study', 'override_settings', 'with_limit', 'to_toml', 'flatten', 'difference']
 
 # %% ../../nbs/core/config.ipynb #71966ba8
+import copy
 import difflib
 import json
 import os
@@ -311,13 +312,45 @@ def read_toml(
     what: str,  # it should hold, for the message
     hint: str,  # where to find one
 ) -> dict[str, Any]:
-    "Content of a TOML file; raises `InputError` when there is none or it cannot be read"
+    "Content of a TOML file, laid over the file it is `like`; raises `InputError` for none"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no {what} at {path}; {hint}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a {what}'s file; {hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise InputError(f"{path} is not a TOML file: {err}") from None
+    if (like := data.pop("like", None)) is None:
+        return data
+    other = path.parent / like
+    if other.resolve() == path.resolve():
+        raise InputError(f"{path} is like itself; `like` names another file")
+    return overlay(_move_paths(read_toml(other, what, hint), other.parent, path.parent), data)
+
+
+def overlay(
+    old: Mapping[str, Any],  # nested settings
+    new: Mapping[str, Any],  # what differs
+) -> dict[str, Any]:  # neither is changed
+    "Nested settings with others laid over them; a list is replaced whole"
+    both = dict(old)
+    for key, value in new.items():
+        nested = isinstance(value, Mapping) and value and isinstance(both.get(key), Mapping)
+        both[key] = overlay(both[key], value) if nested else value
+    return both
+
+
+def _move_paths(data: Any, old: Path, new: Path, key: str = "") -> Any:
+    "Settings whose relative paths start at one folder, so that they start at another"
+    if isinstance(data, dict):
+        return {k: _move_paths(v, old, new, k) for k, v in data.items()}
+    if isinstance(data, list):
+        return [_move_paths(v, old, new, key) for v in data]
+    is_relative = isinstance(data, str) and is_path(data) and not data.startswith(("~", "/", "{"))
+    if key in ("source", "path", "model") and is_relative and old.resolve() != new.resolve():
+        return os.path.relpath(old / data, new)
+    return data
 
 # %% ../../nbs/core/config.ipynb #f7b32cca
 def load_study(
@@ -330,11 +363,22 @@ def load_study(
     data = read_toml(path, "study", "the ones that ship are in configs/")
     if "steps" in data:
         raise InputError(
-            f"{path} is a series of studies, not one; run it with: python -m cot_distill.batch.series {path}"
+            f"{path} is a series of studies, not one; run it with: cot-distill run {path}"
         )
-    for key, value in (overrides or {}).items():
-        _set_key(data, key, value, path.parent)
+    data = override_settings(data, overrides or {}, path.parent)
     return with_limit(parse_study(data, path.parent, origin=str(path)), limit)
+
+
+def override_settings(
+    data: Mapping[str, Any],  # a study, parsed
+    overrides: Mapping[str, str],  # dotted key -> TOML value or plain text
+    base_dir: Path,  # folder that the study's relative paths start from
+) -> dict[str, Any]:  # `data` is not changed
+    "A study with single settings changed; raises `InputError` for what is no key"
+    data = copy.deepcopy(dict(data))
+    for key, value in overrides.items():
+        _set_key(data, key, value, base_dir)
+    return data
 
 
 def _set_key(data: dict, key: str, value: str, base_dir: Path) -> None:
