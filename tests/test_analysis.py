@@ -110,6 +110,25 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         load_runs([run])
 
 
+def test_a_number_that_was_changed_in_results_json_is_not_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(tmp_path / "changed", 8, 8)
+    before = load_runs([run]).results.query("is_headline").set_index("variant")
+    text = (run / "results.json").read_text()
+    right = before.loc["human", "n_correct"]
+    changed = text.replace(f'"n_correct": {right}', f'"n_correct": {right + 1}', 1)
+    assert changed != text
+    (run / "results.json").write_text(changed)
+    after = load_runs([run]).results.query("is_headline").set_index("variant")
+    assert after["n_correct"].to_dict() == before["n_correct"].to_dict()
+    assert after["delta"].to_dict() == pytest.approx(before["delta"].to_dict(), nan_ok=True)
+    assert "n_correct" in capsys.readouterr().err
+    (run / "results.json").write_text(text.replace('"human"', '"humane"', 1))
+    with pytest.raises(InputError, match="humane"):
+        load_runs([run])
+
+
 def test_results_without_a_base_have_no_differences() -> None:
     rows = result_rows({"n": 10, "variants": [{"variant": "human", "accuracy": 0.5}]})
     assert rows[0]["delta"] is None and rows[0]["n_correct"] == 5

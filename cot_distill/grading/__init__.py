@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'final_answer', 'Candidate', 'explain', 'final_choice', 'is_letter', 'is_correct', 'lm_eval_strict',
-           'lm_eval_flexible', 'last_number', 'grade_by']
+           'lm_eval_flexible', 'last_number', 'grade_by', 'grade']
 
 # %% ../../nbs/grading/answer.ipynb #7273383a
 import re
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
+from ..core.errors import InputError
 from .numbers import read_answer, same_answer, same_number
 from cot_distill.grading.statements import (
     WINDOW,
@@ -239,3 +240,21 @@ def grade_by(
     if rule.startswith("lm_eval"):
         return _lm_eval_text(found) == _lm_eval_text(reference_answer)
     return same_number(found, _reference(reference_answer))
+
+# %% ../../nbs/grading/answer.ipynb #fd8991be
+def grade(
+    completion: str,  # all a model emitted for one prompt
+    reference_answer: str,  # the gold final answer, or a solution that ends in one
+    truncated: bool = False,  # whether the completion was stopped by its token limit
+    rule: str = "final_answer",  # a name in `RULES`
+) -> tuple[str | None, bool]:  # (what the rule found, whether it is right)
+    "Grade one completion; raises `InputError` for a rule that there is not"
+    if rule not in RULES:
+        raise InputError(f"eval.rule must be one of {', '.join(RULES)}: got {rule!r}")
+    if is_letter(reference_answer):
+        letter = final_choice(completion, truncated)
+        return letter, letter == reference_answer
+    if rule == "final_answer":
+        found = final_answer(completion, truncated)
+        return found, same_answer(found, _reference(reference_answer))
+    return RULES[rule](completion), grade_by(rule, completion, reference_answer)

@@ -21,6 +21,7 @@ from ..core.config import flatten
 from ..core.errors import InputError
 from ..core.runs import RunFolder, read_json, read_parquet
 from ..core.stats import holm, two_proportion_p, wilson
+from .results import read_results, scored_table
 
 # %% ../../nbs/reading/frames.ipynb #a909d617
 RESULT_COLUMNS = (
@@ -206,8 +207,8 @@ RATIONALE_COLUMNS = "variant problem_id question reference_answer model completi
 
 
 def _results(run: RunFolder) -> pd.DataFrame:
-    "results.json, its other problem sets included"
-    data = read_json(run.results_json) if run.results_json.exists() else {"variants": [], "n": 0}
+    "results.json as the tables give it again, its other problem sets included"
+    data = read_results(run)
     blocks = [data, *data.get("other_problem_sets", [])]
     rows = [
         {
@@ -259,7 +260,10 @@ def _evals(run: RunFolder) -> pd.DataFrame:
         for path in sorted(folder.glob("*.parquet"))
     ]
     tables = [
-        read_parquet(path).assign(variant=path.parent.name, problem_set=path.stem) for path in files
+        scored_table(run, path.parent.name, path.stem).assign(
+            variant=path.parent.name, problem_set=path.stem
+        )
+        for path in files
     ]
     return (
         pd.concat(tables, ignore_index=True)[EVAL_COLUMNS]
