@@ -47,7 +47,7 @@ def test_repeats_are_students_with_other_seeds():
 
 def test_a_series_is_no_study():
     (series, *_) = [path for path in FOUND if path not in CONFIGS]
-    with pytest.raises(InputError, match="a series of studies.*python -m cot_distill.batch.series"):
+    with pytest.raises(InputError, match="a series of studies.*cot-distill run"):
         load_study(series)
 
 
