@@ -1,7 +1,9 @@
-"""What every benchmark writes down: `results/<name>.json` with machine, versions, rows and goals, and a table on the screen.
+"""What every benchmark writes down: `results/<name>.json` with machine, versions, rows and goals,
+and a table on the screen.
 
-rows = [{"variant": "packed", "tokens_per_s": 91.2}, ...]                  # any columns; the same ones in each row, None where unknown
-goals = [goal("packed over padded at batch 4, times", 1.25, 1.41), goal("pad share, %", 2.0, 0.0, at_most=True)]
+# any columns, the same ones in each row; None where unknown
+rows = [{"variant": "packed", "tokens_per_s": 91.2}, ...]
+goals = [goal("packed over padded, times", 1.25, 1.41), goal("pad share, %", 2, 0, at_most=True)]
 not_run = [skipped("GPU, with MFU", "this machine has none")]
 report("train", rows, goals, not_run, notes=["medians of 3 rounds"])
 """

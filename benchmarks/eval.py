@@ -1,16 +1,20 @@
-"""Problems a second of base and four adapters: this project's decoder, one at a time, static batches, lm-eval, vLLM.
+"""Problems a second of base and four adapters: this project's decoder, one at a time, static
+batches, lm-eval, vLLM.
 
-    python benchmarks/eval.py                                                      # the first three, some minutes
+    python benchmarks/eval.py                           # the first three, some minutes
     python benchmarks/eval.py --lm-eval-python ~/lm/bin/python --vllm-python ~/vllm/bin/python
-    python benchmarks/eval.py --student Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 --n 1319 --slots 256 --static 64    # on a GPU
+    python benchmarks/eval.py --student Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 \\
+        --n 1319 --slots 256 --static 64                # on a GPU
 
-Every engine decodes the same problems with the same random adapters, greedily, and writes as many tokens for a problem as were
-drawn for it: the lengths come from 4,000 recorded answers of four teachers to GSM8K (quantiles below), cut at 512 tokens. The
-slow engines do fewer problems (`--alone`, `--static`), beginning with the same ones; base and one adapter stand for base and
-four. A foreign engine runs in an environment of its own, which needs this package as well (`pip install -e .`).
+Every engine decodes the same problems with the same random adapters, greedily, and writes as
+many tokens for a problem as were drawn for it: the lengths come from 4,000 recorded answers of
+four teachers to GSM8K (quantiles below), cut at 512 tokens. The slow engines do fewer problems
+(`--alone`, `--static`), beginning with the same ones; base and one adapter stand for base and
+four. A foreign engine runs in an environment of its own, which needs this package as well (`pip
+install -e .`).
 
-Problems a second are by the clock; on a shared machine those a processor second say more, so both are given.
-"""
+Problems a second are by the clock; on a shared machine those a processor second say more, so
+both are given."""
 
 import argparse
 import json
@@ -160,7 +164,10 @@ def settings() -> argparse.Namespace:
         "--threads",
         type=int,
         default=0,
-        help="of the engines whose threads meet in every product; 1 on a busy machine, where they would spin; 0: all",
+        help=(
+            "of the engines whose threads meet in every product; 1 on a busy machine, where "
+            "they would spin; 0: all"
+        ),
     )
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument(
@@ -216,10 +223,24 @@ def main() -> None:
         )
     )
     notes = [
-        f"{args.n} problems for each of {args.students} students, lengths {args.scale:g} times the recorded ones, adapters of rank {args.lora_r} on all linear layers",
-        f"{found['slots']['n_settled']} near ties of {rows[0]['tokens']:,} tokens settled alone, so that no answer depends on its neighbours",
-        f"times are ratios of {'processor seconds: the machine was shared, so one thread for the engines whose threads would wait for one another' if args.threads else 'seconds by the clock'}",
-        f"slot use of the first row is that of {args.n} problems, where the end of each student weighs more",
+        (
+            f"{args.n} problems for each of {args.students} students, lengths {args.scale:g} "
+            f"times the recorded ones, adapters of rank {args.lora_r} on all linear layers"
+        ),
+        (
+            f"{found['slots']['n_settled']} near ties of {rows[0]['tokens']:,} tokens settled "
+            "alone, so that no answer depends on its neighbours"
+        ),
+        (
+            "times are ratios of processor seconds: the machine was shared, so one thread for the "
+            "engines whose threads would wait for one another"
+            if args.threads
+            else "times are ratios of seconds by the clock"
+        ),
+        (
+            f"slot use of the first row is that of {args.n} problems, where the end of each "
+            "student weighs more"
+        ),
         *(
             [f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"]
             if flips

@@ -1,17 +1,22 @@
-"""How much of a provider's limits is used, and what a request costs: this project beside `openai` alone, `distilabel` and `curator`.
+"""How much of a provider's limits is used, and what a request costs: this project beside `openai`
+alone, `distilabel` and `curator`.
 
     python benchmarks/generate.py       # this project and `openai`, a quarter of an hour
     python benchmarks/generate.py --distilabel-python ~/d/bin/python --curator-python ~/c/bin/python
 
-The other two come from environments of their own: `pip install 'distilabel[openai]' requests`, `pip install bespokelabs-curator`.
-Everything asks one loopback server, a process of its own, for the same completions of the same prompts, each variant in a
-process of its own. Three questions:
+The other two come from environments of their own: `pip install 'distilabel[openai]' requests`,
+`pip install bespokelabs-curator`. Everything asks one loopback server, a process of its own, for
+the same completions of the same prompts, each variant in a process of its own. Three questions:
 
-limits   The server refuses what passes 500 requests or 200,000 tokens in any minute; here a minute lasts `--minute` seconds.
-latency  Answers take 8 seconds and 500 requests a minute are allowed (true minutes): how much faster than one at a time?
-cost     Nothing is limited and answers take half a second: requests a second (of the middle half, when all is under way), and
-         processor time a request, by number in flight. What a variant costs once (starting, its first round) is measured by a short run and taken off. This project's runs end
-         with graded rationales in a parquet file, each attempt on the disk before it is sent; `openai` keeps nothing.
+limits   The server refuses what passes 500 requests or 200,000 tokens in any minute; here a
+         minute lasts `--minute` seconds.
+latency  Answers take 8 seconds and 500 requests a minute are allowed (true minutes): how much
+         faster than one at a time?
+cost     Nothing is limited and answers take half a second: requests a second (of the middle
+         half, when all is under way), and processor time a request, by number in flight. What a
+         variant costs once (starting, its first round) is measured by a short run and taken off.
+         This project's runs end with graded rationales in a parquet file, each attempt on the
+         disk before it is sent; `openai` keeps nothing.
 """
 
 import argparse
@@ -32,7 +37,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-PROMPT = "A baker fills trays with rolls, sells some of them, and wants to know how many are left in the evening. Number {i}."
+PROMPT = (
+    "A baker fills trays with rolls, sells some of them, and wants to know how many are left in "
+    "the evening. Number {i}."
+)
 TEXT = "There are 3 trays with 4 rolls each, so there are 3 * 4 = 12 rolls. " * 8 + "\n#### 12"
 RPM, TPM = 500, 200_000
 
@@ -173,7 +181,12 @@ class Server(asyncio.Protocol):
     def send(self, data: dict, status: int = 200, retry_after_s: float = 0.0) -> None:
         body = json.dumps(data).encode()
         wait = f"retry-after-ms: {retry_after_s * 1000:.0f}\r\n" if retry_after_s else ""
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{wait}\r\n"
+        head = (
+            f"HTTP/1.1 {status} X\r\n"
+            "Content-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n"
+            f"{wait}\r\n"
+        )
         self.transport.write(head.encode() + body)
 
 
@@ -207,7 +220,7 @@ def served(
         process.wait()
 
 
-# --- the variants: each asks n questions, so many at a time, and leaves the answers where it leaves them
+# --- the variants: each asks n questions, so many at a time, and leaves the answers somewhere
 
 
 def ask_ours(url: str, n: int, in_flight: int, **limits: float) -> None:
@@ -530,11 +543,22 @@ def main() -> int:
     if "cost" in args.questions:
         rows += cost_rows(args, goals, not_run)
     notes = [
-        f"limits: a minute lasts {args.minute:g} s, so {RPM * 60 / args.minute:,.0f} requests and {TPM * 60 / args.minute:,.0f} tokens a true minute; the server counts the prompt and the whole cap, in any window of that length",
-        f"load average at the start {load:.1f}: what else ran on these cores slows all variants alike"
+        (
+            f"limits: a minute lasts {args.minute:g} s, so {RPM * 60 / args.minute:,.0f} "
+            f"requests and {TPM * 60 / args.minute:,.0f} tokens a true minute; the server "
+            "counts the prompt and the whole cap, in any window of that length"
+        ),
+        (
+            f"load average at the start {load:.1f}: what else ran on these cores slows all "
+            "variants alike"
+        )
         if load > 0.5
         else "nothing else ran",
-        f"cost: medians of {args.rounds} rounds, the variants in turn; client and server share {os.cpu_count()} cores, so requests a second are those of the pair; `cot_distill` does the whole stage (ledger on disk, grading, screening, parquet)",
+        (
+            f"cost: medians of {args.rounds} rounds, the variants in turn; client and server "
+            f"share {os.cpu_count()} cores, so requests a second are those of the pair; "
+            "`cot_distill` does the whole stage (ledger on disk, grading, screening, parquet)"
+        ),
     ]
     report("generate", rows, goals, not_run, notes)
     return 0

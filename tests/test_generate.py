@@ -51,37 +51,57 @@ TOO_MANY = error(
 )
 HTML = Reply(body="<html>502 Bad Gateway</html>", content_type="text/html")
 
-# name, script, requests sent, statuses in the ledger, outcome: a drop reason, None (kept), or the error that stops the teacher
+# name, script, requests sent, statuses in the ledger, outcome: a drop reason, None (kept), or the
+# error that stops the teacher
 FAULTS = [
     ("good", always(GOOD), 1, ["ok"], None),
-    ("401 bad key", always(Reply(401, error("Incorrect API key provided: sk-x"))), 1, ["bad_key"], InputError),
-    ("403 forbidden", always(Reply(403, error("Country not supported"))), 1, ["bad_key"], InputError),
-    ("404 model retired", always(Reply(404, error("The model `test-model` does not exist", "model_not_found"))), 1, ["no_model"], InputError),
-    ("400 model not exist", always(Reply(400, error("Model Not Exist"))), 1, ["no_model"], InputError),
-    ("429 with Retry-After", first(Reply(429, TOO_MANY, {"Retry-After": "0.3"})), 2, ["rate_limited", "ok"], None),
-    ("429 with retry-after-ms", first(Reply(429, TOO_MANY, {"retry-after-ms": "200"})), 2, ["rate_limited", "ok"], None),
-    ("429 without", first(Reply(429, TOO_MANY), Reply(429, TOO_MANY)), 3, ["rate_limited", "rate_limited", "ok"], None),
+    ("401 bad key", always(Reply(401, error("Incorrect API key provided: sk-x"))),
+     1, ["bad_key"], InputError),
+    ("403 forbidden", always(Reply(403, error("Country not supported"))),
+     1, ["bad_key"], InputError),
+    ("404 model retired",
+     always(Reply(404, error("The model `test-model` does not exist", "model_not_found"))),
+     1, ["no_model"], InputError),
+    ("400 model not exist", always(Reply(400, error("Model Not Exist"))),
+     1, ["no_model"], InputError),
+    ("429 with Retry-After", first(Reply(429, TOO_MANY, {"Retry-After": "0.3"})),
+     2, ["rate_limited", "ok"], None),
+    ("429 with retry-after-ms", first(Reply(429, TOO_MANY, {"retry-after-ms": "200"})),
+     2, ["rate_limited", "ok"], None),
+    ("429 without", first(Reply(429, TOO_MANY), Reply(429, TOO_MANY)),
+     3, ["rate_limited", "rate_limited", "ok"], None),
     ("429 for ever", always(Reply(429, TOO_MANY)), 3, ["rate_limited"] * 3, ResumeLater),
-    ("429 insufficient_quota", always(Reply(429, error("You exceeded your current quota", "insufficient_quota"))), 1, ["quota"], ResumeLater),
-    ("402 insufficient balance", always(Reply(402, error("Insufficient Balance"))), 1, ["quota"], ResumeLater),
-    ("429 requests per day", always(Reply(429, error("Rate limit reached on requests per day (RPD): Limit 10000"))), 1, ["quota"], ResumeLater),
-    ("429 wait of two hours", always(Reply(429, TOO_MANY, {"Retry-After": "7200"})), 1, ["rate_limited"], ResumeLater),
+    ("429 insufficient_quota",
+     always(Reply(429, error("You exceeded your current quota", "insufficient_quota"))),
+     1, ["quota"], ResumeLater),
+    ("402 insufficient balance", always(Reply(402, error("Insufficient Balance"))),
+     1, ["quota"], ResumeLater),
+    ("429 requests per day",
+     always(Reply(429, error("Rate limit reached on requests per day (RPD): Limit 10000"))),
+     1, ["quota"], ResumeLater),
+    ("429 wait of two hours", always(Reply(429, TOO_MANY, {"Retry-After": "7200"})),
+     1, ["rate_limited"], ResumeLater),
     ("500 once", first(Reply(500, error("oops"))), 2, ["server_error", "ok"], None),
-    ("502 html", first(Reply(502, "<html>bad gateway</html>", content_type="text/html")), 2, ["server_error", "ok"], None),
-    ("503 twice", first(Reply(503, error("overloaded")), Reply(503, "")), 3, ["server_error", "server_error", "ok"], None),
+    ("502 html", first(Reply(502, "<html>bad gateway</html>", content_type="text/html")),
+     2, ["server_error", "ok"], None),
+    ("503 twice", first(Reply(503, error("overloaded")), Reply(503, "")),
+     3, ["server_error", "server_error", "ok"], None),
     ("504", first(Reply(504, "")), 2, ["server_error", "ok"], None),
-    ("529 overloaded", first(Reply(529, error("overloaded_error"))), 2, ["server_error", "ok"], None),
+    ("529 overloaded", first(Reply(529, error("overloaded_error"))),
+     2, ["server_error", "ok"], None),
     ("500 for ever", always(Reply(500, error("oops"))), 3, ["server_error"] * 3, ResumeLater),
     ("connection reset", first(Reply(how="reset")), 2, ["unreachable", "ok"], None),
     ("short body", first(Reply(body=completion(), how="short")), 2, ["unreachable", "ok"], None),
-    ("blank lines keep it alive", first(Reply(body=completion(), how="blank_lines")), 2, ["timeout", "ok"], None),
+    ("blank lines keep it alive", first(Reply(body=completion(), how="blank_lines")),
+     2, ["timeout", "ok"], None),
     ("slow drip", first(Reply(body=completion(), how="drip")), 2, ["timeout", "ok"], None),
     ("stall", first(Reply(body=completion(), how="stall")), 2, ["timeout", "ok"], None),
     ("slow answer", first(Reply(body=completion(), delay_s=1.5)), 2, ["timeout", "ok"], None),
     ("empty body", first(Reply(body=b"")), 2, ["malformed", "ok"], None),
     ("truncated JSON", first(Reply(body='{"choices": [{"mess')), 2, ["malformed", "ok"], None),
     ("html with status 200", first(HTML), 2, ["malformed", "ok"], None),
-    ("wrong content type", first(Reply(body=json.dumps(completion()), content_type="text/plain")), 1, ["ok"], None),
+    ("wrong content type", first(Reply(body=json.dumps(completion()), content_type="text/plain")),
+     1, ["ok"], None),
     ("no choices", first(Reply(body={"id": "x"})), 2, ["malformed", "ok"], None),
     ("empty choices", first(Reply(body={"choices": []})), 2, ["malformed", "ok"], None),
     ("choices null", first(Reply(body={"choices": None})), 2, ["malformed", "ok"], None),
@@ -92,13 +112,20 @@ FAULTS = [
     ("empty content", first(Reply(body=completion(text=""))), 2, ["empty", "ok"], None),
     ("null content", first(Reply(body=completion(text=None))), 2, ["empty", "ok"], None),
     ("empty for ever", always(Reply(body=completion(text="  "))), 3, ["empty"] * 3, "empty"),
-    ("cut once", first(Reply(body=completion(text="3 * 4", finish="length"))), 2, ["truncated", "ok"], None),
-    ("cut twice", always(Reply(body=completion(text="3 * 4", finish="length"))), 2, ["truncated", "truncated"], "truncated"),
-    ("content filter", always(Reply(body=completion(text="", finish="content_filter"))), 1, ["blocked"], "blocked"),
-    ("refusal", always(Reply(body=completion(text=None, refusal="I cannot help"))), 1, ["blocked"], "blocked"),
-    ("thinking only", always(Reply(body=completion(text="", reasoning_content="hm, let me see"))), 1, ["thinking_only"], InputError),
-    ("400 too long", always(Reply(400, error("maximum context length is 10 tokens"))), 1, ["bad_request"], "refused"),
-    ("redirect", always(Reply(302, "", {"Location": "http://127.0.0.1:9/steal"})), 1, ["bad_request"], "refused"),
+    ("cut once", first(Reply(body=completion(text="3 * 4", finish="length"))),
+     2, ["truncated", "ok"], None),
+    ("cut twice", always(Reply(body=completion(text="3 * 4", finish="length"))),
+     2, ["truncated", "truncated"], "truncated"),
+    ("content filter", always(Reply(body=completion(text="", finish="content_filter"))),
+     1, ["blocked"], "blocked"),
+    ("refusal", always(Reply(body=completion(text=None, refusal="I cannot help"))),
+     1, ["blocked"], "blocked"),
+    ("thinking only", always(Reply(body=completion(text="", reasoning_content="hm, let me see"))),
+     1, ["thinking_only"], InputError),
+    ("400 too long", always(Reply(400, error("maximum context length is 10 tokens"))),
+     1, ["bad_request"], "refused"),
+    ("redirect", always(Reply(302, "", {"Location": "http://127.0.0.1:9/steal"})),
+     1, ["bad_request"], "refused"),
     ("no usage", always(Reply(body=completion(usage=False))), 1, ["ok"], None),
     ("no final answer", always(Reply(body=completion(text="I like turtles."))), 1, ["ok"], None),
 ]  # fmt: skip
@@ -264,7 +291,8 @@ def test_requests_per_day(tmp_path):
             Reply(
                 429,
                 error(
-                    "Rate limit reached on requests per day (RPD): Limit 10000. Please try again in 7h12m0s."
+                    "Rate limit reached on requests per day (RPD): Limit 10000. Please try "
+                    "again in 7h12m0s."
                 ),
                 {},
             ),
@@ -334,8 +362,14 @@ def contaminated_study(tmp_path: Path, url: str):
     a test solution"""
     test = [
         {
-            "question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips in all?",
-            "answer": "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72 altogether.\n#### 72",
+            "question": (
+                "Natalia sold clips to 48 of her friends in April, and then she sold half as "
+                "many clips in May. How many clips in all?"
+            ),
+            "answer": (
+                "She sold 48 / 2 = 24 clips in the month of May and so 48 + 24 = 72 "
+                "altogether.\n#### 72"
+            ),
         }
     ]
     train = [

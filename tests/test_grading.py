@@ -88,13 +88,21 @@ def test_same_number(one: str, other: str, same: bool) -> None:
 
 
 CHOICES = [
-    ("B", "B"), ("(B) 7", "B"), ("B. 7", "B"), ("B) Paris", "B"), ("The answer is B.", "B"), ("the answer is: b", None),
-    ("**Answer: (B)** 7 is prime.", "B"), (r"\boxed{B}", "B"), (r"$\boxed{\text{(B)}}$", "B"), ("#### B", "B"), ("####(B)", "B"),
-    ("A prime is 7. So option B.", "B"), ("A prime has two divisors.", None), ("No idea.", None), ("The answer is A dog.", None),
-    ("The answer is a dog.", None), ("The correct answer is option **B**: 7", "B"), ("<answer>B</answer>", "B"), ('{"answer": "B"}', "B"),
-    ("Option A is wrong, option B is right.", "B"), ("Answer: Because", None), ("Answer:\n\n**B) 7**", "B"), ("B\n\nA prime is odd.", "B"),
-    ("x\n**B**\n", "B"), ("The answer is B because A is even.", "B"), ("Answer: I don't know", None), ("A) 4\nB) 6\nC) 7\nD) 9", None),
-    ("A) 4\nB) 6\nSo the answer is (A).", "A"), ("<think>The answer is A.</think>The answer is B.", "B"), ("The answer is B.\nQuestion: 2?\nAnswer: C", "B"),
+    ("B", "B"), ("(B) 7", "B"), ("B. 7", "B"), ("B) Paris", "B"), ("The answer is B.", "B"),
+    ("the answer is: b", None),
+    ("**Answer: (B)** 7 is prime.", "B"), (r"\boxed{B}", "B"), (r"$\boxed{\text{(B)}}$", "B"),
+    ("#### B", "B"), ("####(B)", "B"),
+    ("A prime is 7. So option B.", "B"), ("A prime has two divisors.", None), ("No idea.", None),
+    ("The answer is A dog.", None),
+    ("The answer is a dog.", None), ("The correct answer is option **B**: 7", "B"),
+    ("<answer>B</answer>", "B"), ('{"answer": "B"}', "B"),
+    ("Option A is wrong, option B is right.", "B"), ("Answer: Because", None),
+    ("Answer:\n\n**B) 7**", "B"), ("B\n\nA prime is odd.", "B"),
+    ("x\n**B**\n", "B"), ("The answer is B because A is even.", "B"),
+    ("Answer: I don't know", None), ("A) 4\nB) 6\nC) 7\nD) 9", None),
+    ("A) 4\nB) 6\nSo the answer is (A).", "A"),
+    ("<think>The answer is A.</think>The answer is B.", "B"),
+    ("The answer is B.\nQuestion: 2?\nAnswer: C", "B"),
 ]  # fmt: skip
 
 
@@ -192,12 +200,12 @@ NUMBER_DRESSES = [
 ]
 NUMBER_DRESSES += ["zeros", "unicode minus", "full width", "scientific"]
 TEXT_DRESSES = """#### {}|####{}|#### **{}**|#### {} clips|#### <answer>{}</answer>|\\boxed{{{}}}
-$\\boxed{{{}}}$|\\boxed{{{} \\text{{ clips}}}}|\\boxed{{x = {}}}|The answer is {}.|the final answer is **{}**
-Final Answer: {}|**Final Answer:** {}|Final Answer\\n\\n{}|<answer>{}</answer>|{{"answer": "{}"}}
+$\\boxed{{{}}}$|\\boxed{{{} \\text{{ clips}}}}|\\boxed{{x = {}}}|The answer is {}.
+the final answer is **{}**|Final Answer: {}
+**Final Answer:** {}|Final Answer\\n\\n{}|<answer>{}</answer>|{{"answer": "{}"}}
 So the answer is \\({}\\) clips.|Answer: {}%|The total is {}.|In total: **{}**|x = {}|{}|`{}`
-The answer is {}, which is plausible.|The answer is {} (checked).|Final Answer: {}\\n\\nI hope this helps!""".replace(
-    "\n", "|"
-).split("|")
+The answer is {}, which is plausible.|The answer is {} (checked).
+Final Answer: {}\\n\\nI hope this helps!""".replace("\n", "|").split("|")
 
 numbers = st.one_of(
     st.integers(-(10**24), 10**24).map(Fraction),
@@ -354,7 +362,11 @@ def test_ten_megabytes(unit: str) -> None:
 
 
 def test_an_explanation_names_the_rule_and_why_the_others_lost() -> None:
-    text = "<think>#### 9</think>#### Step 1\n\\boxed{5} is wrong: the answer is 6.\n\nQuestion: #### 8"
+    text = (
+        "<think>#### 9</think>#### Step 1\n"
+        "\\boxed{5} is wrong: the answer is 6.\n\n"
+        "Question: #### 8"
+    )
     told = {(c.rule, c.value): c.because for c in explain(text)}
     assert told["####", None] == "a heading"
     assert told["box", "5"] == "another answer is stated later"

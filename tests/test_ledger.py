@@ -27,7 +27,8 @@ import sys
 from cot_distill.asking.ledger import Ledger
 with Ledger(sys.argv[1]) as ledger:
     for i in range(100_000):
-        ledger.finish(ledger.begin(f"key-{i}", f"p-{i}"), status="ok", is_final=True, raw_body="x" * 500)
+        attempt = ledger.begin(f"key-{i}", f"p-{i}")
+        ledger.finish(attempt, status="ok", is_final=True, raw_body="x" * 500)
         ledger.commit()
         print(i, flush=True)
 """

@@ -38,8 +38,10 @@ from cot_distill.core.runs import locked, write_json
 def launch(study: Path, *more: str) -> subprocess.Popen:
     "The same in a process of its own, for signals"
     code = (
-        "import sys; from pathlib import Path; from rich.console import Console; from cot_distill.batch.run import run_study; study = Path(sys.argv[1]); "
-        "sys.exit(run_study(study, stages=sys.argv[2].split(','), run_dir=study.parent / 'runs/small', nbs=study.parent / 'nbs', console=Console(file=sys.stdout, width=200)))"
+        "import sys; from pathlib import Path; from rich.console import Console; from "
+        "cot_distill.batch.run import run_study; study = Path(sys.argv[1]); "
+        "sys.exit(run_study(study, stages=sys.argv[2].split(','), run_dir=study.parent / "
+        "'runs/small', nbs=study.parent / 'nbs', console=Console(file=sys.stdout, width=200)))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(study), ",".join(more or NO_PAGES)],
@@ -504,7 +506,8 @@ import os
 from pathlib import Path
 from cot_distill.batch.executors import LocalExecutor
 from cot_distill.batch.run import prepare_batch
-batch = prepare_batch({str(study)!r}, run_dir={str(study.parent / "runs/small")!r}, nbs=Path({str(study.parent / "nbs")!r}))
+home = Path({str(study.parent)!r})
+batch = prepare_batch(home / {study.name!r}, run_dir=home / "runs/small", nbs=home / "nbs")
 job = next(job for job in batch.jobs if job.name == {name!r})
 LocalExecutor(batch.study, batch.run, batch.nbs).start(job, batch.parameters[job.name])
 os._exit(0)
@@ -657,8 +660,12 @@ def test_check_is_quick_when_all_is_done(study: Path) -> None:
     code = f"""
 import sys
 from cot_distill.batch.run import prepare_batch
-batch = prepare_batch({str(study)!r}, stages=['generate'], run_dir={str(study.parent / "runs/small")!r}, nbs={str(study.parent / "nbs")!r})
-print(batch.states, [m for m in ('torch', 'papermill', 'transformers', 'pandas') if m in sys.modules])
+from pathlib import Path
+home = Path({str(study.parent)!r})
+places = dict(run_dir=home / "runs/small", nbs=home / "nbs")
+batch = prepare_batch(home / {study.name!r}, stages=["generate"], **places)
+heavy = ("torch", "papermill", "transformers", "pandas")
+print(batch.states, [m for m in heavy if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'generate human': 'done'} []"

@@ -43,7 +43,13 @@ TINY = {
 
 def test_a_writer_killed_at_any_instant_leaves_a_whole_file(tmp_path: Path):
     path = tmp_path / "x.json"
-    code = f"from cot_distill.core.runs import write_json\ni = 0\nwhile True:\n    i += 1\n    write_json({str(path)!r}, {{'i': i, 'pad': 'x' * 200000}})\n"
+    code = (
+        "from cot_distill.core.runs import write_json\n"
+        "i = 0\n"
+        "while True:\n"
+        "    i += 1\n"
+        f"    write_json({str(path)!r}, {{'i': i, 'pad': 'x' * 200000}})\n"
+    )
     for pause in (0.01, 0.05, 0.11, 0.17):
         writer = subprocess.Popen([sys.executable, "-c", code])
         while not path.exists():
@@ -109,7 +115,13 @@ def test_a_stage_knows_new_half_done_done_and_different(tmp_path: Path):
 
 
 def test_the_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path):
-    code = f"import time\nfrom cot_distill.core.runs import locked\nwith locked({str(tmp_path / 'x.lock')!r}):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    code = (
+        "import time\n"
+        "from cot_distill.core.runs import locked\n"
+        f"with locked({str(tmp_path / 'x.lock')!r}):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match="another run holds"), locked(tmp_path / "x.lock"):
@@ -182,7 +194,12 @@ def test_a_report_opened_where_it_lies_belongs_to_its_run(
 
 
 def test_stages_side_by_side_all_reach_run_json(tmp_path: Path):
-    code = "import sys\nfrom cot_distill.core.runs import RunFolder, record_run\nfor i in range(5): record_run(RunFolder(sys.argv[1]), 'train', f'{sys.argv[2]}-{i}', wall_s=1.0)\n"
+    code = (
+        "import sys\n"
+        "from cot_distill.core.runs import RunFolder, record_run\n"
+        "for i in range(5): record_run(RunFolder(sys.argv[1]), 'train', f'{sys.argv[2]}-{i}', "
+        "wall_s=1.0)\n"
+    )
     writers = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in range(4)
     ]

@@ -67,10 +67,21 @@ name = "tiny"
 [study]
 repeats = 2
 problems = { source = "two-step", limit = 8 }
-eval_sets = [{ name = "test", source = "{data}/test.jsonl" }, { name = "corrected", source = "{data}/corrected.jsonl" }]
+eval_sets = [
+    { name = "test", source = "{data}/test.jsonl" },
+    { name = "corrected", source = "{data}/corrected.jsonl" },
+]
 student = { model = "{data}/student", dtype = "float32", device = "cpu" }
-train = { lora_r = 4, lora_alpha = 8, lora_dropout = 0.0, learning_rate = 0.01, epochs = 2, batch_size = 2, gradient_accumulation = 2, checkpoint_every = 1 }
 eval = { max_new_tokens = 60, slots = 2, n_bootstrap = 200 }
+[study.train]
+lora_r = 4
+lora_alpha = 8
+lora_dropout = 0.0
+learning_rate = 0.01
+epochs = 2
+batch_size = 2
+gradient_accumulation = 2
+checkpoint_every = 1
 [study.teachers]
 human = { provider = "human" }
 told = { provider = "recorded", path = "{data}/teacher.jsonl" }

@@ -73,15 +73,24 @@ GEMINI = [
     ("cut", Reply(body=gemini_reply(finish="MAX_TOKENS")), "truncated"),
     ("blocked answer", Reply(body=gemini_reply(text="", finish="SAFETY")), "blocked"),
     ("recitation", Reply(body=gemini_reply(finish="RECITATION")), "blocked"),
-    ("blocked prompt", Reply(body={"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}), "blocked"),
+    ("blocked prompt",
+     Reply(body={"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}), "blocked"),
     ("empty", Reply(body=gemini_reply(text="")), "empty"),
     ("nothing", Reply(body={}), "malformed"),
     ("html", Reply(body="<html>hello</html>", content_type="text/html"), "malformed"),
-    ("bad key", google_error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key."), "bad_key"),
+    ("bad key",
+     google_error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key."),
+     "bad_key"),
     ("forbidden", google_error(403, "PERMISSION_DENIED", "no"), "bad_key"),
-    ("no model", google_error(404, "NOT_FOUND", "models/gemini-2.0-flash is not found for API version v1beta"), "no_model"),
-    ("per minute", google_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", [MINUTELY, WAIT]), "rate_limited"),
-    ("per day", google_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", [DAILY, WAIT]), "quota"),
+    ("no model",
+     google_error(404, "NOT_FOUND", "models/gemini-2.0-flash is not found for API version v1beta"),
+     "no_model"),
+    ("per minute",
+     google_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", [MINUTELY, WAIT]),
+     "rate_limited"),
+    ("per day",
+     google_error(429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", [DAILY, WAIT]),
+     "quota"),
     ("503", google_error(503, "UNAVAILABLE", "The model is overloaded."), "server_error"),
     ("500", google_error(500, "INTERNAL", "oops"), "server_error"),
     ("reset", Reply(how="reset"), "unreachable"),
@@ -173,7 +182,12 @@ def test_gemini_settings_reach_the_provider(gemini_key):
 
 def test_gemini_by_the_old_package_warns_nobody():
     "The end-of-support warning is silenced: the choice is deliberate, and documented"
-    code = "from cot_distill.asking.gemini import connect_generativeai\nfrom cot_distill.core.config import TeacherConfig\nconnect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', 'http://127.0.0.1:9', 1.0)"
+    code = (
+        "from cot_distill.asking.gemini import connect_generativeai\nfrom "
+        "cot_distill.core.config import TeacherConfig\n"
+        "connect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', "
+        "'http://127.0.0.1:9', 1.0)"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "always::FutureWarning", "-c", code],
         capture_output=True,
@@ -193,9 +207,12 @@ from cot_distill.asking.replies import Question
 from cot_distill.core.config import TeacherConfig
 from cot_distill.teachers import GeminiTeacher
 from cot_distill.core.problems import load_problems
-question = Question(load_problems("two-step", limit=1)[0], 0, [{{"role": "user", "content": "How many?"}}], 64)
+messages = [{{"role": "user", "content": "How many?"}}]
+question = Question(load_problems("two-step", limit=1)[0], 0, messages, 64)
 with FaultyServer(lambda r, n: Reply(body=gemini_reply(text="x" * 5000), how="drip")) as server:
-    teacher = GeminiTeacher(TeacherConfig(provider="gemini", model="m", base_url=server.url.removesuffix("/v1"), max_in_flight=1), deadline_s=1)
+    url = server.url.removesuffix("/v1")
+    cfg = TeacherConfig(provider="gemini", model="m", base_url=url, max_in_flight=1)
+    teacher = GeminiTeacher(cfg, deadline_s=1)
     print([asyncio.run(teacher.ask(question)).status for _ in range(3)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -785,7 +785,8 @@ def test_rationales_teach_and_shuffled_ones_do_not(tmp_path, shuffled):
     log = run_train(study, "human", run)
     base, trained = _solved(None), _solved(run.adapter("human"))
     print(
-        f"{base} of 100 untrained, {trained} of 100 trained; loss {losses_of(log)[0]:.2f} to {log['final_train_loss']:.2f}"
+        f"{base} of 100 untrained, {trained} of 100 trained; loss {losses_of(log)[0]:.2f} to "
+        f"{log['final_train_loss']:.2f}"
     )
     assert log["peak_memory_gb"] < 4
     assert trained <= base + 5 if shuffled else trained >= base + 20, (base, trained)

@@ -1,10 +1,11 @@
 """Write constraints.txt: every package that any install of the project may bring, with its version.
 
-python tools/lock.py                        after a change of requirements in settings.ini: the rest stays as it is
-python tools/lock.py --upgrade-package X    a newer X (any option of `uv pip compile`)
+python tools/lock.py                        after a change of requirements in settings.ini: the
+rest stays as it is python tools/lock.py --upgrade-package X    a newer X (any option of `uv pip
+compile`)
 
-It is one resolution for Linux and macOS and every supported Python, cut into sections by who asks for a package.
-"""
+It is one resolution for Linux and macOS and every supported Python, cut into sections by who
+asks for a package."""
 
 import re
 import subprocess
@@ -21,9 +22,9 @@ SECTIONS = {  # heading: the extras it adds to those above it
     "Optional: [genai], [ray]": ["genai", "ray"],
 }
 HEAD = """\
-# Every package that an install may bring, with its version; written by tools/lock.py from settings.ini.
-# A section is what the install named in its heading adds to those above it. `-c constraints.txt` takes
-# versions from here, and nothing that is not asked for.
+# Every package that an install may bring, with its version; tools/lock.py makes it of settings.ini.
+# A section is what the install named in its heading adds to those above it.
+# `-c constraints.txt` takes versions from here, and nothing that is not asked for.
 """
 
 
@@ -61,7 +62,7 @@ def main() -> None:
             named |= wanted
             text += f"\n# {heading}\n" + "".join(f"{x}\n" for x in lines if not CUDA.match(x))
     cuda = "".join(f"{line}\n" for line in whole if CUDA.match(line))
-    text += f"\n# What PyPI's torch for Linux brings for GPUs; a build for processors asks for none of it\n{cuda}"
+    text += f"\n# What a torch for GPUs brings on Linux; one for processors asks for none\n{cuda}"
     LOCK.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""Run notebooks in place with their default parameters, clean them, export the library, write README.md.
+"""Run notebooks in place with their default parameters, clean them, export the library, write
+README.md.
 
     python tools/notebooks.py [NAME ...]      e.g. 02_train grading/answer; none is all
 

