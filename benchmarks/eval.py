@@ -272,7 +272,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from cot_distill.core.problems import load_problems
-    from cot_distill.student.model import load_student, prompt_ids, student_source
+    from cot_distill.student.model import load_student, student_source
+    from cot_distill.student.tokens import prompt_ids
 
     student = student_of(args)
     model, tokenizer = load_student(student)
@@ -417,8 +418,10 @@ def result(parts: dict[str, dict[str, float]], work: dict[str, Any], **more: Any
 
 def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     "This project's decoder: one model in memory, adapters swapped, slots refilled"
-    from cot_distill.student.model import load_adapter, load_student
-    from cot_distill.student.slots import DecodeTally, decode, speaking
+    from cot_distill.student.engines import decode
+    from cot_distill.student.lora import load_adapter, use_adapter
+    from cot_distill.student.model import load_student
+    from cot_distill.student.slots import DecodeTally
 
     model, tokenizer = load_student(student_of(args))
     for variant, folder in work["adapters"].items():
@@ -427,7 +430,7 @@ def measure_slots(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, A
     for variant in VARIANTS[: args.students]:
 
         def all_of_them(variant: str = variant) -> dict[int, Any]:
-            with speaking(model, None if variant == "base" else variant):
+            with use_adapter(model, None if variant == "base" else variant):
                 return dict(
                     decode(
                         model,
@@ -451,7 +454,8 @@ def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) ->
     batch"""
     import torch
 
-    from cot_distill.student.model import load_adapter, load_student
+    from cot_distill.student.lora import load_adapter
+    from cot_distill.student.model import load_student
 
     model, tokenizer = load_student(student_of(args))
     first = next(iter(work["adapters"]))
@@ -618,7 +622,8 @@ def scheduler_use(n: int, slots: int) -> float:
     for whom is measured"""
     import torch
 
-    from cot_distill.student.slots import DecodeTally, decode
+    from cot_distill.student.engines import decode
+    from cot_distill.student.slots import DecodeTally
 
     class Blank(torch.nn.Module):
         device, config = torch.device("cpu"), None

@@ -140,8 +140,8 @@ def student_for(model: str, weights: str, has_gpu: bool) -> Any:
 def examples_of(source: str, tokenizer: Any, student: Any, n: int) -> list:
     "The first problems of a source with the solutions that come with them"
     from cot_distill.core.problems import load_problems
-    from cot_distill.student.model import completion_ids, prompt_ids
     from cot_distill.student.packing import Example
+    from cot_distill.student.tokens import completion_ids, prompt_ids
 
     problems = load_problems(source, limit=n)
     return [
@@ -158,7 +158,7 @@ def our_trainer(
     variant: str, model: Any, tokenizer: Any, examples: list, order: list, cfg: Any, arguments: Any
 ) -> tuple[Any, float]:
     "This package's trainer, and the share of positions that are padding"
-    from cot_distill.student.sizes import add_lora
+    from cot_distill.student.lora import add_lora
     from cot_distill.student.trainer import make_trainer
 
     trainer = make_trainer(

@@ -52,8 +52,11 @@ from cot_distill.core.stats import (
     wilson,
 )
 from .grading import RULES, final_answer, final_choice, grade_by, is_correct, is_letter
-from .student.model import load_tokenizer, prompt_ids, prompt_text, student_of
-from .student.slots import Completion, adapter_fingerprint, open_engine
+from .student.engines import open_engine
+from .student.lora import adapter_fingerprint
+from .student.model import load_tokenizer, student_of
+from .student.slots import Completion
+from .student.tokens import prompt_ids, prompt_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

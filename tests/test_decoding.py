@@ -13,17 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from cot_distill.core.config import StudentConfig
 from cot_distill.core.errors import InputError
 from cot_distill.core.problems import load_problems
-from cot_distill.student.model import load_student, prompt_ids, stop_ids
-from cot_distill.student.slots import (
-    Completion,
-    DecodeTally,
-    bytes_a_slot,
-    decode,
-    lay_out,
-    pick_tokens,
-    slots_that_fit,
-    speaking,
-)
+from cot_distill.student.engines import bytes_a_slot, decode, lay_out, slots_that_fit
+from cot_distill.student.lora import use_adapter
+from cot_distill.student.model import load_student
+from cot_distill.student.slots import Completion, DecodeTally, pick_tokens
+from cot_distill.student.tokens import prompt_ids, stop_ids
 
 VOCABULARY = 211
 SHAPE: dict[str, Any] = {
@@ -281,7 +275,7 @@ def test_adapters_do_not_leak(adapted: PeftModel) -> None:
     prompts = random_prompts(10, seed=12)
 
     def answers(name: str | None) -> dict[int, Completion]:
-        with speaking(adapted, name):
+        with use_adapter(adapted, name):
             return dict(decode(adapted, Numbers(), prompts, 12, slots=4, stop=STOP))
 
     weights = [m.weight.clone() for m in adapted.modules() if type(m) is torch.nn.Linear]
@@ -297,9 +291,9 @@ def test_folded_adapter_says_what_it_says_beside(adapted: PeftModel) -> None:
     with torch.no_grad():
         adapted.set_adapter("second")
         beside = adapted(ids).logits
-        with speaking(adapted, "second"):
+        with use_adapter(adapted, "second"):
             folded = adapted(ids).logits
-        with pytest.raises(ZeroDivisionError), speaking(adapted, "second"):
+        with pytest.raises(ZeroDivisionError), use_adapter(adapted, "second"):
             1 / 0  # noqa: B018
         torch.testing.assert_close(adapted(ids).logits, beside)
     torch.testing.assert_close(folded, beside, atol=1e-3, rtol=1e-3)

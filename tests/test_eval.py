@@ -33,8 +33,9 @@ from cot_distill.eval import (
 )
 from cot_distill.grading import final_answer
 from cot_distill.reading.frames import load_runs
+from cot_distill.student.engines import TransformersEngine, close_engine, open_engine
 from cot_distill.student.model import load_student, load_tokenizer, student_of
-from cot_distill.student.slots import Completion, TransformersEngine, close_engine, open_engine
+from cot_distill.student.slots import Completion
 
 COLUMNS = [
     "problem_id",
@@ -278,7 +279,7 @@ def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scri
 KILLED = """
 import sys, time
 from cot_distill import eval as evaluation
-from cot_distill.student import slots as decoding
+from cot_distill.student import engines as decoding
 from cot_distill.core.config import load_study
 from cot_distill.core.runs import RunFolder
 real = decoding.TransformersEngine.complete

@@ -10,20 +10,21 @@ from tiny_student import make_student
 
 from cot_distill.core.config import StudentConfig
 from cot_distill.core.errors import InputError
+from cot_distill.student.lora import load_adapter, switch_to
 from cot_distill.student.model import (
     cache_dir,
-    completion_ids,
-    end_of_turn_id,
     gguf_file,
-    load_adapter,
     load_student,
     load_tokenizer,
+    student_source,
+)
+from cot_distill.student.tokens import (
+    completion_ids,
+    end_of_turn_id,
     plain_ids,
     prompt_ids,
     prompt_text,
     stop_ids,
-    student_source,
-    using,
 )
 
 SMOL = StudentConfig(model="smollm2-135m", dtype="float32", device="cpu")
@@ -218,7 +219,7 @@ def test_adapters_on_one_model(tmp_path, tiny_student):
             model = load_adapter(model, tmp_path / name, name)
         got = {}
         for name in (None, "human", "other"):
-            with using(model, name):
+            with switch_to(model, name):
                 got[name] = model(ids).logits
         merged = load_adapter(load_student(cfg)[0], tmp_path / "human", merge=True)
         assert torch.equal(got[None], base)

@@ -23,14 +23,8 @@ from cot_distill.core.config import EvalSetConfig, StudentConfig, TrainConfig
 from cot_distill.core.errors import InputError
 from cot_distill.core.runs import RunFolder, open_run, read_json
 from cot_distill.student.checkpoints import checkpoints_in, fault_of, last_good, seal
-from cot_distill.student.model import (
-    end_of_turn_id,
-    load_adapter,
-    load_student,
-    load_tokenizer,
-    prompt_ids,
-    student_of,
-)
+from cot_distill.student.lora import add_lora, load_adapter
+from cot_distill.student.model import load_student, load_tokenizer, student_of
 from cot_distill.student.packing import (
     Example,
     example_losses,
@@ -45,7 +39,6 @@ from cot_distill.student.packing import (
     warn_of_few_steps,
 )
 from cot_distill.student.sizes import (
-    add_lora,
     check_machine,
     memory_gb,
     parameter_counts,
@@ -53,6 +46,7 @@ from cot_distill.student.sizes import (
     settings_that_fit,
     sizes_of,
 )
+from cot_distill.student.tokens import end_of_turn_id, prompt_ids
 from cot_distill.student.trainer import Diverged, LoraTrainer
 from cot_distill.train import mask_table, merge_student, read_examples, run_train
 
@@ -747,7 +741,7 @@ def _solved(adapter: Path | None, n: int = 100) -> int:
     "Right answers of the real student on unseen two-step problems"
     from cot_distill.core.problems import load_problems
     from cot_distill.grading import is_correct
-    from cot_distill.student.slots import decode
+    from cot_distill.student.engines import decode
 
     cfg = StudentConfig(model="smollm2-135m", dtype="float32", device="cpu")
     model, tokenizer = load_student(cfg)

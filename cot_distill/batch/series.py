@@ -286,7 +286,7 @@ def work_on(
     "Teach, train and score one row; whatever is there already is used"
     from cot_distill.eval import run_eval, write_results
     from cot_distill.generate import run_generate
-    from cot_distill.student.slots import close_engine
+    from cot_distill.student.engines import close_engine
     from cot_distill.train import run_train
 
     started = time.monotonic()

@@ -16,7 +16,8 @@ from typing import Any
 from ..core.config import StudentConfig
 from ..core.runs import write_json
 from .checkpoints import seal
-from .model import load_adapter, load_student, quiet
+from .lora import load_adapter
+from .model import load_student, quiet
 from .packing import Example
 
 # %% ../../nbs/student/merging.ipynb #737779bd
