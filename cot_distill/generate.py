@@ -378,7 +378,7 @@ def run_generate(
             rows, index, blocking_run(study.problems.source, study.generate.block_ngram)
         )
         table = rationale_table(rows)
-        _check_answers(study, teacher_id, table)
+        _check_answers(study, teacher_id, table, ledger)
         summary = summarize(
             teacher_id,
             study.teacher(teacher_id),
@@ -429,19 +429,27 @@ def _check_room(folder: Path, n: int) -> None:
         )
 
 
-def _check_answers(study: StudyConfig, teacher_id: str, table: "pd.DataFrame") -> None:
+def _check_answers(
+    study: StudyConfig, teacher_id: str, table: "pd.DataFrame", ledger: BatchLedger
+) -> None:
     "Refuse a result that is mostly holes"
-    n_failed, n_missing = (
-        int((table["drop_reason"] == "failed").sum()),
-        int((table["drop_reason"] == "missing").sum()),
-    )
-    if n_missing == len(table):
+    n, reasons = len(table), table["drop_reason"]
+    holes = {why: int((reasons == why).sum()) for why in ("missing", "failed", "refused")}
+    told = [a.error for a in read_attempts(ledger) if a.error and not a.is_final]
+    if holes["missing"] == n:
         raise InputError(
-            f"teacher {teacher_id!r} has an answer to none of the {len(table)} questions; is it a recording of other problems?"
+            f"teacher {teacher_id!r} has an answer to none of the {n} questions; is it a recording of other problems?"
         )
-    if n_failed > 0.01 * len(table):
+    if holes["failed"] > 0.01 * n:
         raise ResumeLater(
-            f"teacher {teacher_id!r} left {n_failed} of {len(table)} questions unanswered after {study.generate.max_attempts} attempts each; run the same command again, finished answers are kept"
+            f"teacher {teacher_id!r} left {holes['failed']} of {n} questions unanswered after {study.generate.max_attempts} attempts each, "
+            f"the last time: {told[-1] if told else 'no reason given'}; run the same command again, finished answers are kept"
+        )
+    if holes["refused"] > 0.01 * n:
+        told = [a.error for a in read_attempts(ledger, only_final=True) if a.error]
+        raise InputError(
+            f"the provider of teacher {teacher_id!r} refused {holes['refused']} of {n} questions, the last one: {told[-1]}; "
+            f"change what it refuses (generate's prompt and max_tokens, or the problems) and use a new run folder"
         )
 
 # %% ../nbs/01_generate.ipynb #e837bbc4

@@ -17,13 +17,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import ValidationError
 
 from .asking.gemini import connect_genai, connect_generativeai
-from .asking.keys import check_destination, read_key, redact
+from .asking.keys import check_address, check_destination, read_key, redact
 from .asking.ledger import LedgerFile, read_attempts
 from cot_distill.asking.replies import (
     Answer,
@@ -35,11 +36,12 @@ from cot_distill.asking.replies import (
     unreachable,
 )
 from .core.config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
-from .core.errors import InputError, ResumeLater
+from .core.errors import InputError, ResumeLater, printable
 from .core.problems import Problem
 from .core.runs import file_fingerprint, fingerprint
 
 if TYPE_CHECKING:
+    import openai
     import pandas as pd
     from openai import AsyncOpenAI
 
@@ -322,18 +324,17 @@ class OpenAITeacher(Teacher):
         "One chat completion, whatever becomes of it"
         import openai
 
+        body = request_body(self.cfg, question)
         try:
             async with asyncio.timeout(self.deadline_s):
                 return read_openai_body(
-                    await self.client.post(
-                        "/chat/completions", body=request_body(self.cfg, question), cast_to=str
-                    )
+                    await self.client.post("/chat/completions", body=body, cast_to=str)
                 )
         except openai.APIStatusError as err:
-            return read_error(err.status_code, err.response.text, err.response.headers)
+            return read_error(err.status_code, _text_of(err), err.response.headers)
         except TimeoutError:
             return Answer("timeout", error=f"no complete answer within {self.deadline_s:g} s")
-        except openai.APIConnectionError as err:
+        except Exception as err:  # what parsers of broken replies raise is nobody's contract
             return unreachable(err, self.url(self.cfg))
 
     async def check(self) -> str:
@@ -344,6 +345,11 @@ class OpenAITeacher(Teacher):
         await self.client.close()
 
 # %% ../nbs/00_teachers.ipynb #79dca9bd
+def _text_of(err: "openai.APIStatusError") -> str:
+    "Body of an error reply, also where its own words for its alphabet are wrong"
+    return err.response.content.decode("utf-8", "replace")
+
+
 def request_body(
     cfg: TeacherConfig,
     question: Question,
@@ -365,14 +371,14 @@ def request_body(
 
 
 def _openai_client(cfg: TeacherConfig, deadline_s: float) -> "AsyncOpenAI":
-    "A client that never retries by itself, never follows a redirect with our key and keeps every connection it needs"
+    "A client that never retries by itself, follows no redirect with our key, takes no cookie and keeps its connections"
     import openai
     from httpx2 import Limits
 
-    url = cfg.base_url or OPENAI_URL
-    key = "not-needed"
+    url, key = OpenAITeacher.url(cfg), "not-needed"
+    check_address(url)
     if cfg.api_key_env:
-        check_destination(cfg.api_key_env, url)
+        check_destination(cfg.api_key_env, url, cfg.allow_host)
         key = read_key(cfg.api_key_env).get_secret_value()
     elif cfg.base_url is None:
         raise InputError(
@@ -382,7 +388,10 @@ def _openai_client(cfg: TeacherConfig, deadline_s: float) -> "AsyncOpenAI":
         max_connections=cfg.max_in_flight + 8, max_keepalive_connections=cfg.max_in_flight + 8
     )
     late = deadline_s + 5  # the deadline of a call comes first
-    http = openai.DefaultAioHttpClient(follow_redirects=False, timeout=late, limits=kept)
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+    http = openai.DefaultAioHttpClient(
+        follow_redirects=False, timeout=late, limits=kept, cookies=no_cookies
+    )
     return openai.AsyncOpenAI(
         api_key=key, base_url=url, max_retries=0, timeout=late, http_client=http
     )
@@ -396,22 +405,23 @@ async def check_openai_model(
     "Whether a provider serves a model, before any money is spent; raises `InputError` when it does not"
     import openai
 
-    url = cfg.base_url or OPENAI_URL
+    url = OpenAITeacher.url(cfg)
+    on_trust = f"{url} does not list its models{{}}; {cfg.model} is taken on trust"
     try:
         async with asyncio.timeout(timeout_s):
             raw = await client.models.with_raw_response.list()
             names = sorted(str(m["id"]) for m in json.loads(raw.text)["data"])
     except openai.APIStatusError as err:
-        answer = read_error(err.status_code, err.response.text, err.response.headers)
+        answer = read_error(err.status_code, _text_of(err), err.response.headers)
         if answer.status == "bad_key":
             raise InputError(
-                redact(f"{url} refuses the key in {cfg.api_key_env}: {answer.error}")
+                f"{url} refuses the key in {cfg.api_key_env}: {answer.error}"
             ) from None
-        return f"{url} does not list its models (HTTP {err.status_code}); {cfg.model} is taken on trust"
+        return on_trust.format(f" (HTTP {err.status_code})")
     except (TimeoutError, openai.APIConnectionError) as err:
         raise ResumeLater(connection_error(err, url)) from None
-    except (ValueError, LookupError, TypeError):
-        return f"{url} does not list its models; {cfg.model} is taken on trust"
+    except Exception:  # a list of models in another form, or none
+        return on_trust.format("")
     return _model_verdict(cfg, names, url)
 
 
@@ -419,12 +429,11 @@ def _model_verdict(cfg: TeacherConfig, names: Sequence[str], url: str) -> str:
     "Compare a wanted model with those on offer"
     if cfg.model in names or f"models/{cfg.model}" in names:
         return f"{url} serves {cfg.model}"
-    if not cfg.api_key_env:  # local servers answer to any name
-        return f"{url} serves {', '.join(names[:3])}; it is asked for {cfg.model!r}"
     near = difflib.get_close_matches(cfg.model, names, n=3, cutoff=0.4)
-    raise InputError(
-        f"{url} has no model {cfg.model!r}; near: {', '.join(near) or ', '.join(list(names)[:5])}; set the teacher's model"
-    )
+    offered = printable(redact(", ".join(near or list(names)[:5])) or "none")
+    if not cfg.api_key_env:  # local servers answer to any name
+        return f"{url} serves {offered}; it is asked for {cfg.model!r}"
+    raise InputError(f"{url} has no model {cfg.model!r}; near: {offered}; set the teacher's model")
 
 # %% ../nbs/00_teachers.ipynb #901d84d1
 GEMINI_URL = "https://generativelanguage.googleapis.com"
@@ -453,7 +462,7 @@ class GeminiTeacher(Teacher):
         deadline_s: float,  # total time of a call
     ):
         self.cfg, self.deadline_s = cfg, deadline_s
-        check_destination(self.key_name(cfg), self.url(cfg))
+        check_destination(self.key_name(cfg), self.url(cfg), cfg.allow_host)
         key = read_key(self.key_name(cfg)).get_secret_value()
         connect = connect_generativeai if cfg.sdk == "google-generativeai" else connect_genai
         self.call, self.describe = connect(cfg, key, self.url(cfg), deadline_s)
@@ -472,14 +481,14 @@ class GeminiTeacher(Teacher):
         if answer.status == "ok":
             return f"{url} serves {self.cfg.model}"
         told = f"{url}: {self.cfg.model!r} cannot be used ({answer.error}); "
-        told = redact(told + f"check the teacher's model and {self.key_name(self.cfg)}")
+        told += f"check the teacher's model and {self.key_name(self.cfg)}"
         if answer.status == "unreachable":
             raise ResumeLater(told)
-        if answer.status in ("bad_key", "no_model", "bad_request"):
+        if answer.status in ("bad_key", "no_model"):
             raise InputError(told)
-        return f"{url}: {answer.error}"
+        return f"{url} does not say ({answer.error}); {self.cfg.model} is taken on trust"
 
-# %% ../nbs/00_teachers.ipynb #c7871db9
+# %% ../nbs/00_teachers.ipynb #f658c597
 def _in_a_thread(call: Callable[[], Answer]) -> asyncio.Future:
     "Run a blocking call in a thread of its own; one that hangs past its deadline keeps neither a place nor the process"
     future: Future[Answer] = Future()
@@ -495,7 +504,7 @@ def _in_a_thread(call: Callable[[], Answer]) -> asyncio.Future:
     threading.Thread(target=body, daemon=True).start()
     return asyncio.wrap_future(future)
 
-# %% ../nbs/00_teachers.ipynb #9ebbffd1
+# %% ../nbs/00_teachers.ipynb #58995336
 class LocalTeacher(Teacher):
     "A transformers model in this process"
 

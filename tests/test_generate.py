@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from asked import HELPERS, RUN, attempts, make_study
+from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
 from cot_distill.asking.pace import Pacer
@@ -26,8 +26,6 @@ from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
 from cot_distill.generate import COLUMNS, run_generate, throughput
 
-GOOD = Reply(body=completion())
-
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch):
@@ -36,19 +34,6 @@ def quick_backoff(monkeypatch):
     monkeypatch.setattr("cot_distill.asking.pace.backoff_s", lambda n: 0.01)
 
 
-def always(reply: Reply):
-    return lambda request, n: reply
-
-
-def first(*replies: Reply, then: Reply = GOOD):
-    "These replies in turn, then the good one"
-    return lambda request, n: replies[n - 1] if n <= len(replies) else then
-
-
-TOO_MANY = error(
-    "Rate limit reached for test-model in organization on requests per min (RPM)",
-    "rate_limit_exceeded",
-)
 HTML = Reply(body="<html>502 Bad Gateway</html>", content_type="text/html")
 
 # name, script, requests sent, statuses in the ledger, outcome: a drop reason, None (kept), or the
@@ -122,10 +107,8 @@ FAULTS = [
      1, ["blocked"], "blocked"),
     ("thinking only", always(Reply(body=completion(text="", reasoning_content="hm, let me see"))),
      1, ["thinking_only"], InputError),
-    ("400 too long", always(Reply(400, error("maximum context length is 10 tokens"))),
-     1, ["bad_request"], "refused"),
     ("redirect", always(Reply(302, "", {"Location": "http://127.0.0.1:9/steal"})),
-     1, ["bad_request"], "refused"),
+     3, ["turned_away"] * 3, ResumeLater),
     ("no usage", always(Reply(body=completion(usage=False))), 1, ["ok"], None),
     ("no final answer", always(Reply(body=completion(text="I like turtles."))), 1, ["ok"], None),
 ]  # fmt: skip

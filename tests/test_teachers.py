@@ -248,9 +248,8 @@ def test_settings_under_other_names(tmp_path):
         )
         assert run_generate(study, "t", RunFolder(tmp_path / "a")).n_kept == 1
         assert [r.body["max_completion_tokens"] for r in server.requests] == [64, 128]
-        assert run_generate(
-            make_study(server.url), "t", RunFolder(tmp_path / "b")
-        ).drop_reasons == {"refused": 1}
+        with pytest.raises(InputError, match="send_as.*max_completion_tokens"):
+            run_generate(make_study(server.url), "t", RunFolder(tmp_path / "b"))
     with pytest.raises(InputError, match="send_as"):
         make_study(server.url, teacher={"send_as": {"n": "m"}})
 
@@ -420,11 +419,12 @@ def test_redirects_do_not_carry_the_key_away(monkeypatch, tmp_path):
         with FaultyServer(
             lambda r, n: Reply(302, "", {"Location": f"{thief.url}/chat/completions"})
         ) as server:
-            run_generate(
-                make_study(server.url, teacher={"api_key_env": "OPENAI_API_KEY"}),
-                "t",
-                RunFolder(tmp_path),
-            )
+            with pytest.raises(ResumeLater, match="302"):
+                run_generate(
+                    make_study(server.url, teacher={"api_key_env": "OPENAI_API_KEY"}),
+                    "t",
+                    RunFolder(tmp_path),
+                )
         assert thief.all_requests == []
 
 

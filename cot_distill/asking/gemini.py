@@ -9,9 +9,11 @@ __all__ = ['connect_generativeai', 'connect_genai']
 import json
 import warnings
 from collections.abc import Callable
+from json import JSONDecodeError
 from typing import Any
 
-from .keys import redact
+from pydantic import ValidationError
+
 from .replies import Answer, Question, read_error, read_gemini_body, unreachable
 from ..core.config import TeacherConfig
 from ..core.errors import InputError
@@ -26,6 +28,7 @@ def connect_generativeai(
             "ignore", FutureWarning
         )  # says that support has ended; 00_teachers says why it is here
         import google.generativeai as genai
+        from google.generativeai import client as genai_client
     import google.api_core.exceptions as google_errors
     import requests
     from google.protobuf.json_format import ParseError
@@ -37,6 +40,9 @@ def connect_generativeai(
             f"extra_body of {cfg.model!r} is nothing that google-generativeai knows ({str(err)[:120]}); sdk = 'google-genai' knows newer settings"
         ) from None
     genai.configure(api_key=key, transport="rest", client_options={"api_endpoint": url})
+    for kind in ("generative", "model"):  # a redirect would take the key along
+        known = genai_client._client_manager.get_default_client(kind)
+        known._transport._session.max_redirects = 0
     options = {"timeout": deadline_s, "retry": None}
 
     def guarded(call: Callable[[], Answer]) -> Answer:
@@ -44,10 +50,12 @@ def connect_generativeai(
             return call()
         except google_errors.GoogleAPICallError as err:
             return _google_error(err)
-        except (requests.RequestException, google_errors.GoogleAPIError) as err:
+        except requests.TooManyRedirects as err:
+            return read_error(err.response.status_code, err.response.text, err.response.headers)
+        except (ParseError, KeyError, TypeError) as err:
+            return Answer("malformed", error=f"{type(err).__name__}: {str(err)[:200]}")
+        except Exception as err:  # what parsers of broken replies raise is nobody's contract
             return unreachable(err, url)
-        except (ParseError, ValueError, TypeError, KeyError) as err:
-            return Answer("malformed", error=redact(f"{type(err).__name__}: {str(err)[:200]}"))
 
     def ask(question: Question) -> Answer:
         system = "\n".join(m["content"] for m in question.messages if m["role"] == "system") or None
@@ -93,8 +101,6 @@ def connect_genai(
         raise InputError(
             'sdk = "google-genai" needs the package: pip install google-genai'
         ) from None
-    from httpx2 import HTTPError
-
     try:
         extra = types.GenerateContentConfig(**cfg.extra_body)
     except ValueError as err:
@@ -105,7 +111,10 @@ def connect_genai(
         vertexai=False,
         api_key=key,
         http_options=types.HttpOptions(
-            base_url=url, api_version="v1beta", timeout=int(deadline_s * 1000)
+            base_url=url,
+            api_version="v1beta",
+            timeout=int(deadline_s * 1000),
+            client_args={"follow_redirects": False},  # one would take the key along
         ),
     )
 
@@ -114,10 +123,10 @@ def connect_genai(
             return call()
         except errors.APIError as err:
             return read_error(int(err.code or 500), json.dumps(err.details, default=str))
-        except HTTPError as err:
+        except (ValidationError, JSONDecodeError) as err:
+            return Answer("malformed", error=f"{type(err).__name__}: {str(err)[:200]}")
+        except Exception as err:  # what parsers of broken replies raise is nobody's contract
             return unreachable(err, url)
-        except ValueError as err:
-            return Answer("malformed", error=redact(str(err)[:200]))
 
     def ask(question: Question) -> Answer:
         system = "\n".join(m["content"] for m in question.messages if m["role"] == "system") or None

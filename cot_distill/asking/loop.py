@@ -28,6 +28,7 @@ from .ledger import BatchLedger
 from .pace import Breaker, Pacer, backoff_s, learn
 from cot_distill.asking.replies import (
     DONE,
+    POOR,
     REFUSED,
     RETRY,
     Answer,
@@ -98,14 +99,14 @@ MAX_BILLED_ATTEMPTS = 3  # for replies that cost money and hold nothing
 
 def is_settled(
     answer: Answer,
-    n_sent: int,  # how often the question has been sent
+    n_poor: int,  # replies to this question that held nothing, this one included
     widened: bool,  # the last send had twice the room
 ) -> bool:  # True: this answer is what the question gets
     "Whether an answer ends its question"
     if answer.status == "truncated":
         return widened or not answer.billed
-    if answer.status in ("empty", "malformed"):
-        return n_sent >= MAX_BILLED_ATTEMPTS
+    if answer.status in POOR:
+        return n_poor >= MAX_BILLED_ATTEMPTS
     return answer.status in DONE | REFUSED
 
 # %% ../../nbs/asking/loop.ipynb #5e034d81
@@ -148,24 +149,28 @@ async def settle(
     cfg, key = asking.cfg, asking.key_of(question)
     wide = replace(question, max_tokens=2 * question.max_tokens)
     widened, answer = key in asking.cut_keys, None
-    for n_sent in range(1, cfg.max_attempts + 1):
+    n_poor = n_failed = 0  # empty and broken replies have tries of their own
+    while n_failed < cfg.max_attempts:
         is_retry = (
             answer is not None and answer.status != "truncated"
         )  # more room for a long answer is no sign of trouble
-        answer = await _send(asking, key, wide if widened else question, n_sent, widened, is_retry)
-        if answer is None or is_settled(answer, n_sent, widened) or n_sent == cfg.max_attempts:
+        answer = await _send(asking, key, wide if widened else question, n_poor, widened, is_retry)
+        if answer is None:
+            return None
+        n_poor += answer.status in POOR
+        if is_settled(answer, n_poor, widened):
             return answer
         if answer.status == "truncated":
             widened = True
-        elif (
-            answer.retry_after_s is None and answer.status != "rate_limited"
-        ):  # these wait at the gate
-            await asking.pause(backoff_s(n_sent))
+            continue
+        n_failed += answer.status not in POOR
+        if answer.retry_after_s is None and answer.status != "rate_limited":
+            await asking.pause(backoff_s(n_poor + n_failed))  # the others wait at the gate
     return answer
 
 # %% ../../nbs/asking/loop.ipynb #b17ca72b
 async def _send(
-    asking: Asking, key: str, question: Question, n_sent: int, widened: bool, is_retry: bool
+    asking: Asking, key: str, question: Question, n_poor: int, widened: bool, is_retry: bool
 ) -> Answer | None:
     "One send: admitted, entered, sent, written down; None when the run was stopped"
     cfg, ledger = asking.teacher.cfg, asking.ledger
@@ -186,10 +191,10 @@ async def _send(
             )
             raise
         learn(asking.pacer, answer, sent_at, n_prompt)
-        usd = cost_usd(cfg, question, answer)
+        usd, n_poor = cost_usd(cfg, question, answer), n_poor + (answer.status in POOR)
         ledger.finish(
             attempt,
-            is_final=is_settled(answer, n_sent, widened),
+            is_final=is_settled(answer, n_poor, widened),
             cost_usd=usd,
             latency_s=asking.pacer.clock() - sent_at,
             **_columns(answer),
@@ -202,7 +207,7 @@ async def _send(
 
 
 def _columns(answer: Answer) -> dict[str, Any]:
-    "An answer as columns of the ledger; nothing that looks like a key gets in"
+    "An answer as columns of the ledger"
     names = (
         "status",
         "http_status",
@@ -210,12 +215,10 @@ def _columns(answer: Answer) -> dict[str, Any]:
         "finish_reason",
         "prompt_tokens",
         "completion_tokens",
+        "error",
     )
     body = plain_body(answer) if answer.raw_body is None and answer.text else answer.raw_body
-    return {name: getattr(answer, name) for name in names} | {
-        "raw_body": redact(body),
-        "error": redact(answer.error),
-    }
+    return {name: getattr(answer, name) for name in names} | {"raw_body": body}
 
 # %% ../../nbs/asking/loop.ipynb #f9a51146
 async def ask_all(
@@ -478,11 +481,10 @@ def _take_home(
         question, answer = open_questions.get(key), answers.get(key, undone)
         if question is None:
             continue
-        n_sent, reserve = asking.ledger.sends(key)
-        usd, settled = (
-            cost_usd(cfg, question, answer, batch=True),
-            is_settled(answer, n_sent, key in asking.cut_keys),
-        )
+        reserve = asking.ledger.sends(key)[1]
+        n_poor = asking.ledger.count(key, POOR) + (answer.status in POOR)
+        usd = cost_usd(cfg, question, answer, batch=True)
+        settled = is_settled(answer, n_poor, key in asking.cut_keys)
         asking.ledger.finish_sent(key, is_final=settled, cost_usd=usd, **_columns(answer))
         if answer.status in RETRY:
             asking.breaker.usd += usd - reserve

@@ -24,12 +24,12 @@ class RateBudget:
     def __init__(
         self,
         per_minute: float | None,  # None: no limit
-        burst_s: float = 0.5,  # unused time that may be made up for
+        burst_s: float = 0.2,  # unused time that may be made up for
         clock: Callable[[], float] = time.monotonic,  # immune to the system clock being set
     ):
         self.seconds_per_unit = 60 / (0.99 * per_minute) if per_minute else 0.0
         self.burst_s, self.clock = burst_s, clock
-        self.free_at = clock()
+        self.free_at: float | None = None  # the first one goes at once, and nothing was saved up
 
     def reserve(
         self,
@@ -37,7 +37,7 @@ class RateBudget:
     ) -> float:  # seconds to wait before going
         "Take units from the budget"
         now = self.clock()
-        start = max(self.free_at, now - self.burst_s)
+        start = now if self.free_at is None else max(self.free_at, now - self.burst_s)
         self.free_at = start + units * self.seconds_per_unit
         return max(0.0, start - now)
 
@@ -46,7 +46,8 @@ class RateBudget:
         units: float,  # reserved but not used
     ) -> None:
         "Return what a call did not need"
-        self.free_at -= units * self.seconds_per_unit
+        if self.free_at is not None:
+            self.free_at -= units * self.seconds_per_unit
 
 # %% ../../nbs/asking/pace.ipynb #5e3eb4c8
 class InFlight:
@@ -214,6 +215,7 @@ LONGEST_WAIT_S = 3600.0  # a provider that asks for more is left alone until a p
 MAX_FAILURES = 20  # in a row, without a success
 NEEDS_A_PERSON = {
     "bad_key": "the provider refuses the key",
+    "bad_setting": "the provider refuses a setting (see send_as and extra_body)",
     "no_model": "the provider does not have this model (any more)",
     "thinking_only": "the model only thinks",
 }  # fmt: skip

@@ -72,6 +72,7 @@ class TeacherConfig(Part):
     model: str = ""  # as the provider names it
     base_url: str | None = None  # any OpenAI-compatible server
     api_key_env: str | None = None  # NAME of the environment variable, never the key
+    allow_host: str | None = None  # host that this key may go to, where it is not known for it
     sdk: Literal["google-generativeai", "google-genai"] = "google-generativeai"  # gemini only
     path: str | None = None  # recorded only: a ledger, parquet or JSONL; `package:` ships with us
     calculator_marks: bool = True  # human only: keep GSM8K notes such as <<48/2=24>>

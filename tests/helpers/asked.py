@@ -3,10 +3,26 @@
 import sqlite3
 from pathlib import Path
 
+from faulty_server import Reply, completion, error
+
 from cot_distill.core.config import StudyConfig, parse_study
 from cot_distill.core.runs import RunFolder
 
 HELPERS = Path(__file__).resolve().parent
+GOOD = Reply(body=completion())
+TOO_MANY = error(
+    "Rate limit reached for test-model in organization on requests per min (RPM)",
+    "rate_limit_exceeded",
+)
+
+
+def always(reply: Reply):
+    return lambda request, n: reply
+
+
+def first(*replies: Reply, then: Reply = GOOD):
+    "These replies in turn, then the good one"
+    return lambda request, n: replies[n - 1] if n <= len(replies) else then
 
 
 def make_study(url: str, n: int = 1, teacher: dict | None = None, **generate) -> StudyConfig:

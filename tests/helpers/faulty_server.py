@@ -20,7 +20,7 @@ class Reply:
     body: bytes | str | dict | list | None = None
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
-    how: str = "whole"  # whole | reset | short | drip | blank_lines | stall | refuse
+    how: str = "whole"  # reset | short | drip | blank_lines | stall | raw: body is all there is
     content_type: str = "application/json"
 
 
@@ -166,6 +166,10 @@ class FaultyServer:
             await asyncio.sleep(reply.delay_s)
         if reply.how == "reset":
             writer.transport.abort()
+            return False
+        if reply.how == "raw":
+            writer.write(reply.body)
+            await writer.drain()
             return False
         body = (
             reply.body
