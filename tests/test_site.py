@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,12 +21,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from cot_distill.core.errors import InputError
 from cot_distill.core.runs import RunFolder
 from cot_distill.reading.frames import load_runs
-from cot_distill.web.apidocs import api_pages, module_entries
 from cot_distill.web.freeze import freeze, freeze_run
 from cot_distill.web.pages import notebook_html, page, readable_html
+from cot_distill.web.quarto import quarto_notebook, raw_html, signatures
 from cot_distill.web.run_pages import render_reports
 from cot_distill.web.safety import refuse_to_publish, safe_html, scan_text, visible
-from cot_distill.web.site import make_site, quarto_notebook, stage_site
+from cot_distill.web.site import make_site, stage_site
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
@@ -588,6 +589,20 @@ def staged_texts(staged: Path) -> dict[Path, str]:
     return texts
 
 
+def staged_markup(staged: Path) -> dict[Path, str]:
+    "HTML of all outputs of the staged notebooks"
+    markup = {}
+    for path in staged.rglob("*.ipynb"):
+        outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+        texts = [output.data["text/markdown"] for output in outputs]
+        assert all(set(output.data) == {"text/markdown"} for output in outputs), path
+        assert all(re.fullmatch(r"(`{3,})\{=html\}\n.*\n\1", t, flags=re.DOTALL) for t in texts), (
+            path
+        )
+        markup[path] = "\n".join(text.partition("\n")[2].rpartition("\n")[0] for text in texts)
+    return markup
+
+
 def test_the_project_file_is_plain_and_its_pages_exist(staged: Path) -> None:
     project = yaml.safe_load((staged / "_quarto.yml").read_text(encoding="utf-8"))
     assert project["project"]["type"] == "website" and project["execute"] == {"enabled": False}
@@ -652,74 +667,122 @@ def test_staged_notebooks_are_pages_quarto_understands(staged: Path) -> None:
 
 
 def test_nothing_of_the_site_runs_loads_or_deceives(staged: Path) -> None:
-    for path in staged.rglob("*.ipynb"):
-        outputs = [
-            output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
-        ]
+    for path, markup in staged_markup(staged).items():
         assert not re.search(
-            "javascript|widget-view|\u202e|\\\\u001b",
-            json.dumps(outputs, ensure_ascii=False),
+            "javascript:|application/javascript|widget-view|\u202e|\x1b",
+            markup,
             flags=re.IGNORECASE,
         ), path
-        markup = " ".join(
-            v
-            for o in outputs
-            for k, v in o.get("data", {}).items()
-            if k in ("text/html", "text/markdown", "image/svg+xml")
-        )
-        assert (
-            "<script" not in markup.lower() and "javascript:" not in markup and "<img" not in markup
+        soup = BeautifulSoup(markup, "html.parser")
+        assert not soup.find_all(
+            ["script", "style", "link", "iframe", "object", "embed", "svg", "form", "base", "meta"]
         ), path
+        assert not soup.find_all(lambda tag: any(name.startswith("on") for name in tag.attrs)), path
+        for image in soup.find_all("img"):
+            assert image["src"].startswith("data:image/"), path
         assert "{{" + "<" not in path.read_text(encoding="utf-8"), (
             path
         )  # Quarto would put the value of a variable there
-        assert not re.search(
-            r"<(?:img|link|iframe|image|use)\b[^>]*(?:src|href)=[\"']https?:", markup
-        ), path
+        assert "{{" not in markup, path
+
+
+def test_hostile_text_stays_in_its_block() -> None:
+    block = raw_html("<pre>\n```\n{{" + "< env HOME >}}\n````{=html}\n</pre>")
+    fence = block.partition("{")[0]
+    assert len(fence) == 5 and block.count(fence) == 2 and "{{" not in block
+
+
+def test_hostile_answers_are_shown_as_text(staged: Path) -> None:
+    markup = staged_markup(staged)[staged / "reports" / "demo" / "02_train-human.ipynb"]
+    shown = BeautifulSoup(markup, "html.parser").find("pre").get_text()
+    assert shown.startswith("<script>window.broken = 1</script><img src=x")
+    assert "[U+202E]24 = 42" in shown and "{{ 7*7 }} {{< env HOME >}}" in shown
 
 
 def test_figures_of_the_site_have_descriptions(staged: Path) -> None:
-    for path in [*staged.glob("nbs/*.ipynb"), *staged.glob("reports/*/*.ipynb")]:
-        for cell in nbformat.read(path, 4).cells:
-            if any(
-                kind.startswith("image/")
-                for output in cell.get("outputs", [])
-                for kind in output.get("data", {})
+    n_figures = 0
+    for path, markup in staged_markup(staged).items():
+        for image in BeautifulSoup(markup, "html.parser").find_all("img"):
+            n_figures += 1
+            assert image["alt"].strip() and image["alt"] != "Figure without a description", path
+            assert image.find_parent("figure").find("figcaption").get_text().strip(), path
+    assert n_figures > 5
+    for path in staged.rglob("*.qmd"):
+        images = re.findall(r"!\[([^\]]+)\]\([^)]+\)(.*)", path.read_text(encoding="utf-8"))
+        assert all("fig-alt=" in attributes for _, attributes in images), path
+
+
+def test_every_chapter_holds_the_signatures_of_its_functions(staged: Path) -> None:
+    for path in (ROOT / "nbs").glob("*/*.ipynb"):
+        exported = [
+            c.source for c in nbformat.read(path, 4).cells if c.source.startswith("#| export")
+        ]
+        page_text = staged_texts(staged)[staged / path.relative_to(ROOT)]
+        for source in exported:
+            for name in re.findall(
+                r"^(?:async )?(?:def|class) ([a-zA-Z]\w*)", source, flags=re.MULTILINE
             ):
-                assert "#| fig-alt:" in cell.source and "#| fig-cap:" in cell.source, (
-                    path,
-                    cell.source[:200],
-                )
+                assert f"{{#api-{name} .signature}}" in page_text, (path, name)
 
 
-def test_every_module_has_a_reference_page_with_all_its_functions(staged: Path) -> None:
-    modules = {
-        path.stem: path
-        for path in (ROOT / "cot_distill").glob("*.py")
-        if not path.name.startswith("_")
-    }
-    assert {path.stem for path in (staged / "api").glob("*.qmd")} == {*modules, "index"}
-    for name, path in modules.items():
-        page_text = (staged / "api" / f"{name}.qmd").read_text(encoding="utf-8")
-        for entry in module_entries(path.read_text(encoding="utf-8")):
-            assert entry.name in page_text, (name, entry.name)
-        for line in page_text.splitlines():
-            if line.startswith("| `"):
-                assert len(re.findall(r"(?<!\\)\|", re.sub(r"(`+).*?\1", "", line))) == 5, (
-                    line
-                )  # pandoc divides no cell within code
-
-
-def test_reference_pages_import_nothing(tmp_path: Path) -> None:
-    (tmp_path / "harmful.py").write_text(
-        '"""Doc"""\n'
-        "# AUTOGENERATED!\n"
-        'raise SystemExit("imported")\n'
-        'def f(x: "int | None" = None):  # a | b\n'
-        '    "Say <b>"\n'
+def test_a_signature_ends_with_its_docstring() -> None:
+    found = signatures(
+        '@dataclass\nclass A:\n    "Doc"\n    x: int  # a | b\n    _y: int\n\n'
+        '    def ask(self):\n        "Ask"\n        return 1\n\n    def _own(self): ...\n\n\n'
+        'def f(\n    x: "int | None" = None,  # --flag\n) -> int:  # it\n    return x\n\n\n'
+        "def _g(): ..."
     )
-    text = api_pages(tmp_path)["harmful.qmd"]
-    assert "`int | None`" in text and "Say \\<b\\>" in text
+    assert set(found) == {"A", "f"}
+    assert found["f"] == 'def f(\n    x: "int | None" = None,  # --flag\n) -> int:  # it'
+    assert '"Ask"' in found["A"] and "return 1" not in found["A"] and "_own" not in found["A"]
+
+
+def test_every_page_is_found_by_the_way_around(staged: Path) -> None:
+    project = yaml.safe_load((staged / "_quarto.yml").read_text(encoding="utf-8"))
+    website = project["website"]
+    sidebars = {sidebar["id"]: json.dumps(sidebar["contents"]) for sidebar in website["sidebar"]}
+    assert {item["text"].lower() for item in website["navbar"]["left"]} == set(sidebars)
+    pages = {
+        str(p.relative_to(staged)) for p in staged.rglob("*") if p.suffix in (".ipynb", ".qmd")
+    }
+    unlisted = {
+        page_ for page_ in pages if not any(f'"{page_}"' in text for text in sidebars.values())
+    }
+    assert unlisted == {"index.qmd", "library.qmd", "reports/index.qmd"}
+    folders = [entry["section"] for entry in json.loads(sidebars["library"]) if "section" in entry]
+    assert {folder.lower() for folder in folders} == {
+        path.name for path in (staged / "nbs").iterdir() if path.is_dir()
+    }
+    assert (
+        '"Family"' in sidebars["studies"]
+        and '"Texts made by a program, for tests"' in sidebars["studies"]
+    )
+
+
+def test_reports_are_neither_searched_nor_edited(staged: Path) -> None:
+    for path in staged.rglob("*.ipynb"):
+        front = yaml.safe_load(nbformat.read(path, 4).cells[0].source.strip("-\n"))
+        is_report = path.is_relative_to(staged / "reports")
+        assert (front.get("search"), front.get("repo-actions")) == (
+            (False, False) if is_report else (None, None)
+        ), path
+        assert is_report or front["description"], path
+
+
+def test_the_site_names_its_addresses_once(staged: Path) -> None:
+    website = yaml.safe_load((staged / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    assert (
+        website["site-url"] == settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"]
+    )
+    assert website["repo-url"] == settings["DEFAULT"]["git_url"]
+    assert (staged / website["favicon"]).exists() and (staged / website["image"]).exists()
+    listed = re.findall(r"\]\(([^)]+)\)", (staged / "llms.txt").read_text(encoding="utf-8"))
+    for address in listed:
+        page_ = staged / address.removeprefix(website["site-url"])
+        assert page_.with_suffix(".ipynb").exists() or page_.with_suffix(".qmd").exists(), address
+    assert len(listed) > 40
 
 
 def test_staging_outside_a_checkout_and_leaks_are_refused(staged: Path, tmp_path: Path) -> None:
@@ -763,7 +826,7 @@ def test_quarto_is_asked_to_render_the_staged_tree(
 
 
 def test_library_cells_are_folded_and_directives_gone() -> None:
-    notebook = quarto_notebook(executed("Train"), "Train · human")
+    notebook = quarto_notebook(executed("Train"), {"title": "Train · human"})
     sources = [cell.source for cell in notebook.cells]
     assert any(
         source.startswith('#| code-fold: true\n#| code-summary: "Library code: secret_sauce"')
