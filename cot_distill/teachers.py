@@ -406,7 +406,7 @@ async def check_openai_model(
     import openai
 
     url = OpenAITeacher.url(cfg)
-    on_trust = f"{url} does not list its models{{}}; {cfg.model} is taken on trust"
+    on_trust = f"warning: {url} does not list its models{{}}; {cfg.model} is taken on trust"
     try:
         async with asyncio.timeout(timeout_s):
             raw = await client.models.with_raw_response.list()
@@ -432,7 +432,7 @@ def _model_verdict(cfg: TeacherConfig, names: Sequence[str], url: str) -> str:
     near = difflib.get_close_matches(cfg.model, names, n=3, cutoff=0.4)
     offered = printable(redact(", ".join(near or list(names)[:5])) or "none")
     if not cfg.api_key_env:  # local servers answer to any name
-        return f"{url} serves {offered}; it is asked for {cfg.model!r}"
+        return f"warning: {url} serves {offered}; it is asked for {cfg.model!r}"
     raise InputError(f"{url} has no model {cfg.model!r}; near: {offered}; set the teacher's model")
 
 # %% ../nbs/00_teachers.ipynb #901d84d1
@@ -486,7 +486,7 @@ class GeminiTeacher(Teacher):
             raise ResumeLater(told)
         if answer.status in ("bad_key", "no_model"):
             raise InputError(told)
-        return f"{url} does not say ({answer.error}); {self.cfg.model} is taken on trust"
+        return f"warning: {url} does not say ({answer.error}); {self.cfg.model} is taken on trust"
 
 # %% ../nbs/00_teachers.ipynb #f658c597
 def _in_a_thread(call: Callable[[], Answer]) -> asyncio.Future:
