@@ -50,7 +50,8 @@ def report(
     "Write the result whole, over the last one, and print it"
     import torch  # noqa: F401  GPUs are named where torch is loaded
 
-    from cot_distill.core.runs import provenance, write_json
+    from cot_distill.core.files import write_json
+    from cot_distill.core.runs import provenance
 
     source = provenance()
     data = {

@@ -196,7 +196,7 @@ def _console() -> Any:
 def _show_results(run: "RunFolder") -> None:
     "The table of results and where to look further"
     from cot_distill.batch.view import results_table
-    from cot_distill.core.runs import read_json
+    from cot_distill.core.files import read_json
 
     console, page = _console(), run.html_dir / "index.html"
     console.print()

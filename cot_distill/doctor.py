@@ -218,7 +218,7 @@ def check_student(
     study: StudyConfig,
 ) -> Finding:
     "Whether the student's weights are here"
-    from cot_distill.student.model import PACKAGED_STUDENTS
+    from cot_distill.core.inputs import PACKAGED_STUDENTS
 
     model = study.student.model
     if package := PACKAGED_STUDENTS.get(model, ("",))[0]:
@@ -317,7 +317,7 @@ def examine(
     folder: Path = Path(),  # where runs will lie
 ) -> Iterator[Finding]:  # as they come: some take seconds
     "Look at everything a study needs"
-    from cot_distill.student.model import PACKAGED_STUDENTS
+    from cot_distill.core.inputs import PACKAGED_STUDENTS
 
     yield from check_packages()
     yield check_kernel()

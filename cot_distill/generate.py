@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['DROP_FOR_STATUS', 'COLUMNS', 'study_questions', 'grade', 'rationale_rows', 'screen', 'rationale_table', 'eval_index',
-           'generate_inputs', 'GenerateSummary', 'summarize', 'rerouted', 'run_generate', 'n_sent_today', 'quote',
-           'preflight', 'on_thread', 'card_text', 'write_card', 'export_recording', 'plot_lengths', 'outcome_table',
-           'throughput']
+           'GenerateSummary', 'summarize', 'rerouted', 'run_generate', 'n_sent_today', 'quote', 'preflight',
+           'on_thread', 'card_text', 'write_card', 'export_recording', 'plot_lengths', 'outcome_table', 'throughput']
 
 # %% ../nbs/01_generate.ipynb #69d5a07b
 import asyncio
@@ -51,28 +50,16 @@ from cot_distill.asking.screening import (
 )
 from .core.config import StudyConfig, TeacherConfig
 from .core.errors import CotDistillError, InputError, ResumeLater
+from .core.files import atomic_path, read_json, write_parquet
+from .core.inputs import begin_stage, finish_stage, marker_of, stage_inputs
 from .core.plots import teacher_color
 from .core.problems import Problem, eval_problems, study_problems
 from .core.progress import Progress
-from cot_distill.core.runs import (
-    RunFolder,
-    atomic_path,
-    begin_stage,
-    fingerprint,
-    finish_stage,
-    read_json,
-    read_parquet,
-    record_run,
-    stage_marker,
-    write_parquet,
-)
+from .core.runs import RunFolder, record_run
 from .grading import final_answer, is_correct
 from cot_distill.teachers import (
-    human_form,
     open_teacher,
     prompt_hash,
-    recording_hash,
-    recording_path,
     render_messages,
     request_body,
     request_of,
@@ -251,43 +238,6 @@ def _contains(words: Sequence[str], part: Sequence[str]) -> bool:
     "Whether a run of words stands in another"
     return f" {' '.join(part)} " in f" {' '.join(words)} "
 
-# %% ../nbs/01_generate.ipynb #683ec886
-def generate_inputs(
-    study: StudyConfig,
-    teacher_id: str,
-    problems: Sequence[Problem],
-) -> dict[str, Any]:  # JSON values
-    "Everything that can change the rationales"
-    cfg = study.teacher(teacher_id)
-    who = cfg.model_dump(
-        include={"provider", "model", "base_url", "sdk", "extra_body"}
-        | ({"send_as"} if cfg.send_as else set())
-    )
-    if cfg.provider == "recorded":
-        who = {
-            "provider": "recorded",
-            "recording": recording_path(study, cfg).name,
-            "content": recording_hash(study, cfg),
-        }
-    if cfg.provider == "human":
-        who = {"provider": "human"} | human_form(cfg)
-    how = study.generate.model_dump(
-        include={
-            "prompt_template",
-            "system_prompt",
-            "n_samples",
-            "temperature",
-            "top_p",
-            "max_tokens",
-            "keep_wrong",
-            "block_ngram",
-        }
-    )
-    content = fingerprint(
-        [[p.problem_id, p.question, p.reference_answer, p.solution] for p in problems]
-    )
-    return {"problems": {"n": len(problems), "content": content}, "teacher": who, "generate": how}
-
 # %% ../nbs/01_generate.ipynb #de4f0b12
 @dataclass(frozen=True, slots=True)
 class GenerateSummary:
@@ -363,14 +313,13 @@ def run_generate(
     started, folder = time.monotonic(), run.teacher_dir(teacher_id)
     _check_sampling(study, teacher_id)
     problems, index = study_problems(study, folder / "quarantine.jsonl"), eval_index(study)
-    inputs = generate_inputs(study, teacher_id, problems)
-    if begin_stage(folder, "generate", inputs) == "done" and (
-        summary := _finished(folder, run.rationales(teacher_id))
-    ):
+    if begin_stage(folder, "generate", stage_inputs(study, "generate", teacher_id, run)) == "done":
+        marker = read_json(marker_of(run, "generate", teacher_id))
+        summary = GenerateSummary(**marker["facts"])
         print(f"{summary} (already done)", file=sys.stderr)
         return summary
     _check_room(folder, len(problems) * study.generate.n_samples)
-    with BatchLedger(run.ledger(teacher_id), inputs["teacher"] | inputs["generate"]) as ledger:
+    with BatchLedger(run.ledger(teacher_id)) as ledger:
         _ask_missing(study, teacher_id, run, problems, ledger)
         final = {a.request_key: a for a in read_attempts(ledger, only_final=True)}
         rows = list(rationale_rows(study, teacher_id, problems, final))
@@ -389,7 +338,7 @@ def run_generate(
         )
     write_parquet(run.rationales(teacher_id), table)
     write_card(study, teacher_id, summary, table, folder / "README.md")
-    finish_stage(folder, "generate", **asdict(summary))
+    finish_stage(folder, "generate", [run.rationales(teacher_id)], **asdict(summary))
     facts = {k: v for k, v in asdict(summary).items() if k != "teacher"}
     record_run(
         run,
@@ -402,15 +351,6 @@ def run_generate(
     return summary
 
 # %% ../nbs/01_generate.ipynb #5c7c54b7
-def _finished(folder: Path, rationales: Path) -> GenerateSummary | None:
-    "Summary of a finished stage, None when its table is missing or broken and has to be made again"
-    try:
-        read_parquet(rationales)
-    except InputError:
-        return None
-    return GenerateSummary(**read_json(stage_marker(folder, "generate"))["facts"])
-
-
 def _check_sampling(study: StudyConfig, teacher_id: str) -> None:
     "Refuse to pay several times for the same answer"
     how, is_asked = study.generate, teacher_class(study.teacher(teacher_id)).is_asked

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OPENAI_URL', 'GEMINI_URL', 'PROVIDERS', 'render_messages', 'prompt_hash', 'Teacher', 'HumanTeacher', 'human_form',
            'normalized', 'read_recording', 'RecordedTeacher', 'OpenAITeacher', 'request_body', 'check_openai_model',
-           'GeminiTeacher', 'LocalTeacher', 'recording_path', 'recording_hash', 'teacher_class', 'open_teacher',
-           'request_of', 'teacher_table']
+           'GeminiTeacher', 'LocalTeacher', 'teacher_class', 'open_teacher', 'request_of', 'teacher_table']
 
 # %% ../nbs/00_teachers.ipynb #7c188ac0
 import asyncio
@@ -16,7 +15,6 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -37,8 +35,9 @@ from cot_distill.asking.replies import (
 )
 from .core.config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
 from .core.errors import InputError, ResumeLater, printable
+from .core.files import fingerprint
+from .core.inputs import recording_hash, recording_path
 from .core.problems import Problem
-from .core.runs import file_fingerprint, fingerprint
 
 if TYPE_CHECKING:
     import openai
@@ -572,37 +571,6 @@ class LocalTeacher(Teacher):
 
     async def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
-
-# %% ../nbs/00_teachers.ipynb #7fd47518
-def recording_path(
-    study: StudyConfig,
-    cfg: TeacherConfig,
-) -> Path:  # the file a `recorded` teacher replays
-    "Where a recording lies; `package:NAME` is one that ships with this library"
-    if not cfg.path:
-        raise InputError(
-            "a teacher of provider 'recorded' needs path: a ledger, parquet or JSONL file of earlier answers"
-        )
-    if cfg.path.startswith("package:"):
-        import cot_distill
-
-        return Path(cot_distill.__file__).parent / "recorded" / cfg.path.removeprefix("package:")
-    return _existing(study.path(cfg.path))
-
-
-def recording_hash(
-    study: StudyConfig,
-    cfg: TeacherConfig,
-) -> str:  # 16 hex digits
-    "Version of a recording, by its content"
-    path = recording_path(study, cfg)
-    return _hash_of_file(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _hash_of_file(path: Path, size: int, mtime_ns: int) -> str:
-    "Read once, although every question asks for it"
-    return file_fingerprint(path)
 
 # %% ../nbs/00_teachers.ipynb #fbc72e7f
 PROVIDERS: dict[str, type[Teacher]] = {

@@ -73,7 +73,6 @@ BAD = {
         "did you mean 'model'",
     ),
     "misspelt set key": ({"eval_sets": [{"name": "a", "sauce": "b"}]}, "did you mean 'source'"),
-    "unknown provider": ({"teachers": {"x": {"provider": "opnai"}}}, "teachers.x.provider"),
     "teacher called base": ({"teachers": {"base": {"provider": "human"}}}, "untrained student"),
     "teacher with a slash": ({"teachers": {"../x": {"provider": "human"}}}, "folder name"),
     "no teacher": ({"teachers": {}}, "teachers"),

@@ -22,7 +22,9 @@ from cot_distill import eval as evaluation
 from cot_distill.analysis import results_table
 from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.core.errors import InputError
-from cot_distill.core.runs import RunFolder, read_json, read_parquet, stage_state
+from cot_distill.core.files import read_json, read_parquet
+from cot_distill.core.inputs import stage_state, student_of
+from cot_distill.core.runs import RunFolder
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.eval import (
     Parts,
@@ -34,7 +36,7 @@ from cot_distill.eval import (
 from cot_distill.grading import final_answer
 from cot_distill.reading.frames import load_runs
 from cot_distill.student.engines import TransformersEngine, close_engine, open_engine
-from cot_distill.student.model import load_student, load_tokenizer, student_of
+from cot_distill.student.model import load_student, load_tokenizer
 from cot_distill.student.slots import Completion
 
 COLUMNS = [

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 from rich.console import Console
@@ -32,7 +33,7 @@ from cot_distill.batch.run import check_batch, compare_runs, prepare_batch, turn
 from cot_distill.batch.view import Batch, batch_table, exit_code, plan_report, seconds_left
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
-from cot_distill.core.runs import locked, write_json
+from cot_distill.core.files import locked, write_json
 
 
 def launch(study: Path, *more: str) -> subprocess.Popen:
@@ -293,16 +294,16 @@ def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
     assert guess > 0 and not measured
     kind = {"kind": "train smollm2-135m cpu"}
     write_json(
-        study.parent / "runs/tiny/.jobs/train-human.json",
-        kind | {"n": 2, "wall_s": 40, "stage_s": 2},
+        study.parent / "runs/tiny/run.json",
+        {"jobs": {"train human": kind | {"n": 2, "wall_s": 40, "stage_s": 2}}},
     )
     write_json(
-        study.parent / "runs/huge/.jobs/train-human.json",
-        kind | {"n": 4000, "wall_s": 2040, "stage_s": 2000},
+        study.parent / "runs/huge/run.json",
+        {"jobs": {"train human": kind | {"n": 4000, "wall_s": 2040, "stage_s": 2000}}},
     )
     write_json(
-        study.parent / "runs/other/.jobs/train-human.json",
-        {"kind": "train another cpu", "n": 8, "wall_s": 1, "stage_s": 1},
+        study.parent / "runs/other/run.json",
+        {"jobs": {"train human": {"kind": "train another cpu", "n": 8, "wall_s": 1, "stage_s": 1}}},
     )
     n = 4 * batch.study.train.epochs
     assert estimate_seconds(job, batch.study, batch.run, gpu=False) == (38 + 2 * n / 2, True)
@@ -566,7 +567,8 @@ def test_two_gpus_train_two_students_side_by_side(
     for teacher in "abc":
         path = tmp_path / f"runs/small/teachers/{teacher}/rationales.parquet"
         path.parent.mkdir(parents=True)
-        path.write_text("given")
+        row = {"problem_id": "p", "sample_idx": 0, "question": "?", "completion": "", "kept": True}
+        pd.DataFrame([row]).to_parquet(path)
     orders(tmp_path, train_a={"seconds": 3}, train_b={"seconds": 3})
     code, text = run(study, stages=["train"])
     assert code == 0, text

@@ -15,22 +15,23 @@ import pytest
 from cot_distill.core import runs
 from cot_distill.core.config import load_study, parse_study, to_toml
 from cot_distill.core.errors import InputError
+from cot_distill.core.files import (
+    atomic_path,
+    fingerprint,
+    locked,
+    read_json,
+    read_parquet,
+    write_json,
+    write_parquet,
+)
+from cot_distill.core.inputs import begin_stage, finish_stage
 from cot_distill.core.runs import (
     RunFolder,
-    atomic_path,
-    begin_stage,
-    fingerprint,
-    finish_stage,
-    locked,
     open_chapter,
     open_run,
     provenance,
-    read_json,
-    read_parquet,
     record_run,
     study_in,
-    write_json,
-    write_parquet,
 )
 
 TINY = {
@@ -44,7 +45,7 @@ TINY = {
 def test_a_writer_killed_at_any_instant_leaves_a_whole_file(tmp_path: Path):
     path = tmp_path / "x.json"
     code = (
-        "from cot_distill.core.runs import write_json\n"
+        "from cot_distill.core.files import write_json\n"
         "i = 0\n"
         "while True:\n"
         "    i += 1\n"
@@ -117,7 +118,7 @@ def test_a_stage_knows_new_half_done_done_and_different(tmp_path: Path):
 def test_the_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path):
     code = (
         "import time\n"
-        "from cot_distill.core.runs import locked\n"
+        "from cot_distill.core.files import locked\n"
         f"with locked({str(tmp_path / 'x.lock')!r}):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

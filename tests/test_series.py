@@ -35,8 +35,9 @@ from cot_distill.batch.series import (
 )
 from cot_distill.core.config import TeacherConfig
 from cot_distill.core.errors import InputError
+from cot_distill.core.files import read_json, read_parquet, write_json, write_parquet
 from cot_distill.core.problems import Problem, load_problems
-from cot_distill.core.runs import RunFolder, read_json, read_parquet, write_json, write_parquet
+from cot_distill.core.runs import RunFolder
 from cot_distill.teachers import HumanTeacher
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,14 +10,9 @@ from tiny_student import make_student
 
 from cot_distill.core.config import StudentConfig
 from cot_distill.core.errors import InputError
+from cot_distill.core.inputs import gguf_file
 from cot_distill.student.lora import load_adapter, switch_to
-from cot_distill.student.model import (
-    cache_dir,
-    gguf_file,
-    load_student,
-    load_tokenizer,
-    student_source,
-)
+from cot_distill.student.model import cache_dir, load_student, load_tokenizer, student_source
 from cot_distill.student.tokens import (
     completion_ids,
     end_of_turn_id,

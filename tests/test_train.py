@@ -21,10 +21,12 @@ from typer.testing import CliRunner
 from cot_distill.cli import app
 from cot_distill.core.config import EvalSetConfig, StudentConfig, TrainConfig
 from cot_distill.core.errors import InputError
-from cot_distill.core.runs import RunFolder, open_run, read_json
-from cot_distill.student.checkpoints import checkpoints_in, fault_of, last_good, seal
+from cot_distill.core.files import fault_of, read_json, seal
+from cot_distill.core.inputs import student_of
+from cot_distill.core.runs import RunFolder, open_run
+from cot_distill.student.checkpoints import checkpoints_in, last_good
 from cot_distill.student.lora import add_lora, load_adapter
-from cot_distill.student.model import load_student, load_tokenizer, student_of
+from cot_distill.student.model import load_student, load_tokenizer
 from cot_distill.student.packing import (
     Example,
     example_losses,
@@ -628,7 +630,7 @@ def test_resumed_run_equals_an_uninterrupted_one(start, how):
 
 def test_one_student_is_trained_by_one_run_at_a_time(start):
     study, run = start()
-    from cot_distill.core.runs import locked
+    from cot_distill.core.files import locked
 
     with (
         locked(run.student_dir("human") / ".lock"),

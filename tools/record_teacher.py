@@ -20,7 +20,8 @@ from pathlib import Path
 
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import CotDistillError, InputError
-from cot_distill.core.runs import atomic_path, open_run
+from cot_distill.core.files import atomic_path
+from cot_distill.core.runs import open_run
 from cot_distill.generate import export_recording, run_generate
 
 ROOT = Path(__file__).resolve().parents[1]

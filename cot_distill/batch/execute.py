@@ -26,7 +26,8 @@ from typing import Any
 from ..asking.keys import KEY_SHAPES
 from .footer import with_footer
 from ..core.errors import InputError, exit_code_of
-from ..core.runs import RunFolder, atomic_path, write_json
+from ..core.files import atomic_path, write_json
+from ..core.runs import RunFolder
 
 # %% ../../nbs/batch/execute.ipynb #10fac600
 def declared_parameters(
@@ -165,7 +166,7 @@ def scrub(
 # %% ../../nbs/batch/execute.ipynb #f53f4513
 def report_finished(
     report: Path,  # an executed notebook
-    parameters: Mapping[str, Any],  # what it should have been given
+    parameters: Mapping[str, Any],  # what it should have been given, among others
 ) -> bool:  # False for a missing, partial, failed or other report
     "Whether a report is whole and was made with these parameters"
     try:
@@ -175,7 +176,7 @@ def report_finished(
     return (
         bool(facts.get("end_time"))
         and not facts.get("exception")
-        and facts.get("parameters") == dict(parameters)
+        and facts.get("parameters", {}).items() >= dict(parameters).items()
     )
 
 # %% ../../nbs/batch/execute.ipynb #ceeb3740

@@ -30,10 +30,9 @@ from cot_distill.batch.plan import (
     is_done,
     job_kind,
     job_parameters,
+    once_inputs,
     plan_jobs,
-    read_facts,
     record_job,
-    record_path,
     work_of,
 )
 from cot_distill.batch.view import (
@@ -47,13 +46,12 @@ from cot_distill.batch.view import (
 )
 from ..core.config import difference, flatten, load_study
 from ..core.errors import InputError
+from ..core.files import locked, read_json
 from cot_distill.core.runs import (
     RunFolder,
     entries_of,
-    locked,
     open_run,
     project_root,
-    read_json,
     recorded_stages,
     study_in,
     with_dtype,
@@ -66,13 +64,10 @@ def check_batch(
 ) -> None:
     "Settle the parameters of every job; raises `InputError` for a notebook that would not use them"
     for job in batch.jobs:
-        if not job.notebook:
-            batch.parameters[job.name] = {}
+        batch.parameters[job.name] = {}
+        if not job.notebook or batch.states[job.name] == "done":
             continue
         path = batch.nbs / f"{job.notebook}.ipynb"
-        if batch.states[job.name] == "done":
-            batch.parameters[job.name] = read_json(record_path(batch.run, job))["parameters"]
-            continue
         declared = declared_parameters(path)
         batch.parameters[job.name] = job_parameters(job, batch.run, batch.nbs, declared or ())
         check_notebook(path, batch.parameters[job.name])
@@ -126,7 +121,7 @@ def turn(
         verdict = _verdict(batch, job)
         if verdict == "ready":
             batch.run.progress(job.stage, job.variant).unlink(missing_ok=True)
-            batch.found[job.name] = read_facts(batch.run, job)
+            batch.found[job.name] = None if job.variant else once_inputs(batch.run, job)
             work = executor.start(job, batch.parameters[job.name])
             if work is None:
                 continue
@@ -153,7 +148,7 @@ def _verdict(batch: Batch, job: Job) -> str:
         return "skipped"
     if job.stage in ("analyze", "site") and not batch.run.results_json.exists():
         return "skipped"
-    return "done" if is_done(batch.run, job) else "ready"
+    return "done" if is_done(batch.study, batch.run, job) else "ready"
 
 
 def _collect(batch: Batch, name: str) -> bool:
@@ -176,7 +171,7 @@ def _collect(batch: Batch, name: str) -> bool:
             "kind": job_kind(job, batch.study),
             "n": work_of(job, batch.study),
         }
-        record_job(batch.run, job, batch.parameters[name], batch.found[name], **facts)
+        record_job(batch.run, job, batch.found[name], **facts)
     else:
         batch.errors[name] = outcome
         batch.states[name] = "stopped" if batch.stop_signal else "failed"
@@ -335,7 +330,7 @@ def run_prepared(
     address: str | None = None,  # of the cluster
 ) -> int:  # exit code
     "Run a batch that has been checked; raises `InputError` when another launcher is at work in its folder"
-    with locked(batch.run.path / ".batch.lock"):
+    with locked(batch.run.launcher_lock):
         executor = _executor(batch, jobs, ray, address)
         plan_report(batch, executor.has_gpu)
         batch.places = executor.n_places

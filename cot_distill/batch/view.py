@@ -41,9 +41,9 @@ class Batch:
     wall_s: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome of failed ones
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each notebook gets
-    found: dict[str, dict[str, Any]] = field(
+    found: dict[str, dict[str, Any] | None] = field(
         default_factory=dict
-    )  # its inputs as they were when it began
+    )  # what a job without a variant read, as it was when it began
     estimates: dict[str, float | None] = field(
         default_factory=dict
     )  # name of a job -> seconds, from before the start
@@ -56,7 +56,9 @@ class Batch:
             job
         ) in self.jobs:  # what follows something that is due is not done yet, whatever lies there
             settled = all(self.states.get(name, "done") == "done" for name in job.needs + job.after)
-            self.states[job.name] = "done" if settled and is_done(self.run, job) else "waiting"
+            self.states[job.name] = (
+                "done" if settled and is_done(self.study, self.run, job) else "waiting"
+            )
 
     @property
     def over(self) -> bool:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'LETTERS', 'NAMES', 'THINGS', 'TEMPLATES', 'OPERATIONS', 'HUB_SOURCES', 'HUB_NAME',
            'DEFAULT_SIZE', 'Problem', 'split_solution', 'Quarantined', 'row_problem', 'choice_problem', 'parse_rows',
-           'file_rows', 'two_step_problem', 'two_step_rows', 'gsm_symbolic_rows', 'hub_rows', 'source_rows',
-           'load_problems', 'study_problems', 'eval_problems']
+           'file_rows', 'two_step_problem', 'two_step_rows', 'gsm_symbolic_rows', 'is_hub', 'hub_rows', 'source_rows',
+           'read_problems', 'load_problems', 'study_problems', 'eval_problems']
 
 # %% ../../nbs/core/problems.ipynb #d0ff3620
 import hashlib
@@ -333,6 +333,13 @@ HUB_SOURCES = {"gsm8k": "openai/gsm8k:main@740312add88f781978c0658806c59bc2815b9
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
 
 
+def is_hub(
+    source: str,  # of a problem set, paths resolved
+) -> bool:
+    "Whether a source is a data set of the hub, known by its name and revision"
+    return source in HUB_SOURCES or ("/" in source and not is_path(source))
+
+
 def hub_rows(
     source: str,  # `org/name`, optionally `:config` and `@revision`
     split: str,
@@ -380,6 +387,23 @@ def source_rows(
 DEFAULT_SIZE = 1000  # of a generator without end, when no limit is given
 
 
+def read_problems(
+    source: str,  # `gsm8k`, `two-step`, `gsm-symbolic`, a hub data set or a path
+    split: str = "train",
+    limit: int | None = None,  # the first so many; None is all
+    offset: int = 0,  # problems skipped before the first
+) -> tuple[
+    list[Problem], list[Quarantined]
+]:  # in the source's order; rows set aside, of the whole source
+    "Problems of a source; raises `InputError` when it has none that can be used"
+    rows, id_prefix = source_rows(source, split, offset + limit if limit else DEFAULT_SIZE)
+    problems, quarantined = parse_rows(rows, id_prefix)
+    if not problems:
+        first = quarantined[0].reason if quarantined else "it is empty"
+        raise InputError(f"no usable problem in {source} ({split}): {first}")
+    return problems[offset : offset + limit if limit else None], quarantined
+
+
 def load_problems(
     source: str,  # `gsm8k`, `two-step`, `gsm-symbolic`, a hub data set or a path
     split: str = "train",
@@ -387,16 +411,11 @@ def load_problems(
     offset: int = 0,  # problems skipped before the first
     quarantine: Path | None = None,  # JSONL file for rows that cannot be used
 ) -> list[Problem]:  # in the source's order
-    "Problems of a source; raises `InputError` when it has none that can be used"
-    size = offset + limit if limit else DEFAULT_SIZE
-    rows, id_prefix = source_rows(source, split, size)
-    problems, quarantined = parse_rows(rows, id_prefix)
-    if not problems:
-        first = quarantined[0].reason if quarantined else "it is empty"
-        raise InputError(f"no usable problem in {source} ({split}): {first}")
+    "Problems of a source, and a word on what was set aside; raises `InputError` when it has none"
+    problems, quarantined = read_problems(source, split, limit, offset)
     if quarantined:
         _report_quarantine(source, quarantined, len(problems), quarantine)
-    return problems[offset : offset + limit if limit else None]
+    return problems
 
 
 def _report_quarantine(

@@ -19,7 +19,8 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 
 from ..core.config import flatten
 from ..core.errors import InputError
-from ..core.runs import RunFolder, read_json, read_parquet
+from ..core.files import read_json, read_parquet
+from ..core.runs import RunFolder
 from ..core.stats import holm, two_proportion_p, wilson
 from .results import read_results, scored_table
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.config import EvalConfig
-from ..core.runs import atomic_path
+from ..core.files import atomic_path
 
 # %% ../../nbs/reading/samples.ipynb #ef9ef372
 def sample_row(

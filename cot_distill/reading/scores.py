@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.files import fingerprint
 from ..core.problems import Problem
-from ..core.runs import fingerprint
 from ..core.stats import majority_answer, pass_at_k, seed_spread
 from ..grading import RULES, grade
 

@@ -26,14 +26,9 @@ import torch
 
 from ..core.config import EvalConfig, StudentConfig, StudyConfig
 from ..core.errors import InputError
-from .lora import adapter_fingerprint, load_adapter, use_adapter
-from cot_distill.student.model import (
-    device_of,
-    load_student,
-    load_tokenizer,
-    student_of,
-    student_source,
-)
+from ..core.inputs import adapter_fingerprint, student_of
+from .lora import load_adapter, use_adapter
+from .model import device_of, load_student, load_tokenizer, student_source
 from cot_distill.student.slots import (
     Choice,
     Completion,

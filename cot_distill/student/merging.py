@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import StudentConfig
-from ..core.runs import write_json
-from .checkpoints import seal
+from ..core.files import seal, write_json
 from .lora import load_adapter
 from .model import load_student, quiet
 from .packing import Example

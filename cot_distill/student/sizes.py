@@ -16,8 +16,9 @@ from typing import Any
 
 from ..core.config import StudentConfig, TrainConfig
 from ..core.errors import InputError
+from ..core.inputs import dtype_of
 from ..core.machine import multiply_rate
-from .model import device_of, dtype_of
+from .model import device_of
 from .packing import Example, passes_of, training_order
 
 # %% ../../nbs/student/sizes.ipynb #2abb51f7

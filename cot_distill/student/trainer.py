@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import StudentConfig, TrainConfig
 from ..core.errors import CotDistillError, InputError, handle_signals
+from ..core.files import seal
 from ..core.progress import Progress
-from .checkpoints import checkpoints_in, keep_newest, seal
+from .checkpoints import checkpoints_in, keep_newest
 from .model import device_of
 from cot_distill.student.packing import (
     Batch,

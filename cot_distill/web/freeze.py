@@ -17,7 +17,8 @@ from .. import analysis
 from ..asking.screening import NGRAMS, TestIndex
 from ..core.config import load_study, to_toml
 from ..core.errors import InputError
-from ..core.runs import RunFolder, read_json, read_parquet, write_json
+from ..core.files import read_json, read_parquet, write_json
+from ..core.runs import RunFolder
 from ..reading import figures
 from ..reading.frames import load_runs
 from .run_pages import figure_svg, found_reports, is_stopped

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .. import analysis
+from ..core.files import atomic_path, read_json
 from ..core.plots import teacher_color
-from ..core.runs import RunFolder, atomic_path, read_json
+from ..core.runs import RunFolder
 from ..grading import explain, is_letter
 from ..reading import figures
 from ..reading.frames import Runs, load_runs

@@ -23,7 +23,8 @@ from typing import Any
 
 from .. import analysis
 from ..core.errors import InputError
-from ..core.runs import RunFolder, project_root, read_json
+from ..core.files import read_json
+from ..core.runs import RunFolder, project_root
 from ..reading.frames import load_runs
 from ..reading.words import percent
 from .pages import asset

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..batch.execute import Order, read_outcome, start_order
 from ..core.errors import CotDistillError
-from ..core.runs import atomic_path, project_root
+from ..core.files import atomic_path
+from ..core.runs import project_root
 from ..reading.frames import load_runs
 from .run_pages import lone_report_html
 

@@ -15,8 +15,12 @@ COMMON = """
 import hashlib, json, os, time
 from pathlib import Path
 from cot_distill.core.errors import InputError, Interrupted, ResumeLater
+from cot_distill.core.config import load_study
+from cot_distill.core.inputs import begin_stage, finish_stage, marker_of
+from cot_distill.core.inputs import rationales_fingerprint, stage_inputs
 from cot_distill.core.progress import Progress
-from cot_distill.core.runs import RunFolder, write_json
+from cot_distill.core.files import atomic_path, write_json
+from cot_distill.core.runs import RunFolder
 run, variant = RunFolder(run_dir), None if STAGE in ('teachers', 'analyze') else teacher
 orders = json.loads(Path('../orders.json').read_text()).get(f'{STAGE} {variant}', {})
 with open('../seen.txt', 'a') as seen:
@@ -28,6 +32,12 @@ def put(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix('.part').write_text(text)
     os.replace(path.with_suffix('.part'), path)
+def begin(part=None):
+    study = load_study(config)
+    folder = marker_of(run, STAGE, teacher, part).parent
+    inputs = stage_inputs(study, STAGE, teacher, run, part)
+    begin_stage(folder, part.name if part else STAGE, inputs)
+    return folder
 if orders.get('die'):
     os.kill(os.getpid(), 9)
 if orders.get('raise'):
@@ -46,27 +56,40 @@ except KeyboardInterrupt:
 """
 WORK = {
     "00_teachers": "",
-    "01_generate": STEPS + "put(run.rationales(teacher), f'because {teacher}')",
+    "01_generate": "folder = begin()\n"
+    + STEPS
+    + """
+import pyarrow, pyarrow.parquet
+row = {'problem_id': 'p-0', 'sample_idx': 0, 'question': '1 + 1?', 'kept': True}
+row['completion'] = f'because {teacher}'
+with atomic_path(run.rationales(teacher)) as part:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), part)
+finish_stage(folder, STAGE, [run.rationales(teacher)])
+""",
     # goes on where it was cut off; the weights depend on every step
     "02_train": """
+folder = begin()
 done = run.student_dir(teacher) / 'step.json'
-state = json.loads(done.read_text()) if done.exists() else [0, run.rationales(teacher).read_text()]
+state = json.loads(done.read_text()) if done.exists() else [0, rationales_fingerprint(run.rationales(teacher))]
 while state[0] < 10:
     time.sleep(orders.get('seconds', 0) / 10)
     state = [state[0] + 1, hashlib.sha256(f'{state}'.encode()).hexdigest()]
     put(done, json.dumps(state))
-put(run.adapter(teacher) / 'weights', state[1])
+put(run.adapter(teacher) / 'adapter_config.json', '{}')
+put(run.adapter(teacher) / 'adapter_model.safetensors', state[1])
 put(run.training_log(teacher), '{}')
+finish_stage(folder, STAGE, [*run.adapter(teacher).iterdir(), run.training_log(teacher)])
 """,
     "03_eval": STEPS
     + """
-from cot_distill.core.config import load_study
 study = load_study(config)
-source = run.adapter(teacher) / 'weights'
+source = run.adapter(teacher) / 'adapter_model.safetensors'
 weights = source.read_bytes() if source.exists() else b'base'
 grade = int(hashlib.sha256(weights).hexdigest(), 16) % 100
 for part in study.eval_sets:
+    folder = begin(part)
     put(run.eval_file(teacher, part.name), str(grade))
+    finish_stage(folder, part.name, [run.eval_file(teacher, part.name)])
 rows = []
 for table in sorted((run.path / 'evals').glob(f'*/{study.eval_sets[0].name}.parquet')):
     value = int(table.read_text())

@@ -7,8 +7,9 @@ import pandas as pd
 import torch
 
 from cot_distill.core.config import StudentConfig, StudyConfig, parse_study
+from cot_distill.core.files import write_parquet
 from cot_distill.core.problems import load_problems
-from cot_distill.core.runs import RunFolder, write_parquet
+from cot_distill.core.runs import RunFolder
 from cot_distill.student.model import load_tokenizer
 
 
