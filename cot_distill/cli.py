@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODES', 'app', 'Config', 'Teachers', 'Limit', 'RunDir', 'Overrides', 'AsJson', 'comma_list', 'parse_overrides', 'run',
-           'generate', 'train', 'evaluate', 'analyze', 'quote', 'doctor', 'diff', 'freeze', 'site', 'main']
+           'generate', 'train', 'evaluate', 'analyze', 'init', 'quote', 'doctor', 'diff', 'freeze', 'site', 'main']
 
 # %% ../nbs/cli.ipynb #32a1e32f
 import json
@@ -408,6 +408,47 @@ def analyze(
     code = run_prepared(batch, Console(stderr=True, width=None if sys.stderr.isatty() else 120))
     _show_results(batch.run)
     raise typer.Exit(code)
+
+# %% ../nbs/cli.ipynb #8b20f6d3
+@app.command()
+def init(
+    problems: Annotated[
+        Path,
+        typer.Argument(
+            help="A file with a question and an answer a row, such as problems.jsonl.",
+            show_default=False,
+            metavar="PROBLEMS",
+        ),
+    ],
+    teachers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            help=(
+                "human, a hosted model such as gpt-4o-mini, a server and its model such as "
+                "http://localhost:11434/v1#qwen2.5:7b, or a file of answers; several times for several."
+            ),
+            metavar="TEACHER",
+            show_default="human",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write, such as pens.toml.",
+            metavar="FILE",
+            show_default="beside the problems",
+        ),
+    ] = None,
+) -> None:
+    """Write a commented study for a file of problems and its teachers, ready to run.
+
+    Example: [bold]cot-distill init problems.jsonl --teacher gpt-4o-mini --out pens.toml[/]
+    """
+    from cot_distill.starting import write_study
+
+    file = write_study(problems, teachers or ["human"], out or problems.with_suffix(".toml"))
+    print(f"{file} is written; read it, then: cot-distill doctor {file}")
 
 # %% ../nbs/cli.ipynb #fd6fc9ab
 @app.command()

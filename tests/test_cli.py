@@ -13,7 +13,7 @@ from stand_ins import make_project, names, orders
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
-COMMANDS = "run generate train eval analyze quote doctor site diff freeze".split()
+COMMANDS = "run generate train eval analyze quote doctor site diff freeze init".split()
 
 
 def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
