@@ -486,7 +486,7 @@ def _quotes(study: "StudyConfig", teachers: list[str]) -> dict[str, dict[str, An
     asked = [name for name in teachers if teacher_class(study.teacher(name)).is_asked]
     if not asked:
         return {}
-    from cot_distill.generate import quote as quote_study
+    from cot_distill.teachers import quote as quote_study
 
     return {name: dict(one) for name, one in quote_study(study, asked).items()}
 

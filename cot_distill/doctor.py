@@ -190,8 +190,7 @@ def check_providers(
     study: StudyConfig,
 ) -> list[Finding]:
     "Whether each teacher can be asked: server, key, model, recording; nothing is bought"
-    from cot_distill.generate import preflight
-    from cot_distill.teachers import teacher_class
+    from cot_distill.teachers import preflight, teacher_class
 
     no_key = {f.what.removeprefix("key of ") for f in check_keys(study) if f.state == "fail"}
     findings = []

@@ -19,12 +19,13 @@ import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
+from cot_distill.asking.cards import throughput
 from cot_distill.asking.pace import Pacer
 from cot_distill.core.config import TeacherConfig, parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
-from cot_distill.generate import COLUMNS, run_generate, throughput
+from cot_distill.generate import COLUMNS, run_generate
 
 
 @pytest.fixture(autouse=True)

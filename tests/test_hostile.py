@@ -17,8 +17,8 @@ from cot_distill.core.config import TeacherConfig
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
-from cot_distill.generate import preflight, run_generate
-from cot_distill.teachers import GeminiTeacher
+from cot_distill.generate import run_generate
+from cot_distill.teachers import GeminiTeacher, preflight
 
 KEY = "sk-marked-5b1f0c7a9d"
 PROBLEM = load_problems("two-step", limit=1)[0]

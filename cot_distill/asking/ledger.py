@@ -20,11 +20,12 @@ import struct
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from .replies import Answer, read_body
 from ..core.config import difference
 from ..core.errors import InputError
 
@@ -58,6 +59,10 @@ class Attempt:
     cost_usd: float  # while `sent`: what it may cost at most
     started_at: str  # UTC
     latency_s: float | None
+
+    def answer(self) -> Answer:
+        "What came of it, read from the body again: free, and after any change of the reader"
+        return replace(read_body(self.raw_body or ""), status=self.status)
 
 # %% ../../nbs/asking/ledger.ipynb #9ce504b2
 _SCHEMA = """

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_BILLED_ATTEMPTS', 'STOPPED', 'MAX_ROUNDS', 'POLL_S', 'prompt_tokens_estimate', 'price_usd', 'reserve_usd',
-           'cost_usd', 'is_settled', 'Asking', 'settle', 'ask_all', 'run_in_thread', 'ask_by_batch']
+           'cost_usd', 'is_settled', 'Asking', 'settle', 'ask_all', 'run_in_thread', 'ask_missing', 'n_sent_today',
+           'ask_by_batch']
 
 # %% ../../nbs/asking/loop.ipynb #22882498
 import asyncio
 import contextlib
+import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from cot_distill.asking.batches import (
@@ -23,9 +26,10 @@ from cot_distill.asking.batches import (
     submit_batch,
     tagged_batches,
 )
+from .chat import request_body
 from .keys import redact
-from .ledger import BatchLedger
-from .pace import Breaker, Pacer, backoff_s, learn
+from .ledger import BatchLedger, read_attempts, spending
+from .pace import Breaker, Pacer, backoff_s, learn, utc_day
 from cot_distill.asking.replies import (
     DONE,
     POOR,
@@ -46,6 +50,7 @@ from cot_distill.core.errors import (
     ResumeLater,
     handle_signals,
 )
+from ..core.progress import Progress
 
 # %% ../../nbs/asking/loop.ipynb #3dea6e27
 def prompt_tokens_estimate(
@@ -294,6 +299,71 @@ def run_in_thread(
 
 # %% ../../nbs/asking/loop.ipynb #6409be65
 STOPPED = "stopped; finished answers are in the ledger, run the same command to go on"
+
+# %% ../../nbs/asking/loop.ipynb #336d7c20
+def ask_missing(
+    cfg: GenerateConfig,
+    questions: Mapping[str, Question],  # by request key
+    ledger: BatchLedger,
+    open_teacher: Callable[[], Answerer],  # called where its event loop lives
+    label: str = "asking",  # of the progress bar
+    progress: Path | None = None,  # file for whoever watches from outside
+) -> None:
+    "Ask every question that has no final answer in the ledger yet"
+    settled = {a.request_key for a in read_attempts(ledger, only_final=True)}
+    cut = {a.request_key for a in read_attempts(ledger) if a.status == "truncated"}
+    names = {id(q): key for key, q in questions.items()}
+    todo = [q for key, q in questions.items() if key not in settled]
+    if not todo:
+        return
+    _check_room(ledger.path.parent, len(todo))
+    breaker, n_done = Breaker(cfg, *spending(ledger)), len(questions) - len(todo)
+    cap = {} if cfg.max_usd is None else {"usd_cap": cfg.max_usd}
+    with Progress(len(questions), label, progress, done=n_done) as bar:
+
+        def make_asking() -> Asking:
+            teacher = open_teacher()
+            return Asking(
+                cfg,
+                teacher,
+                lambda q: names[id(q)],
+                ledger,
+                Pacer(teacher.cfg, n_sent_today(ledger)),
+                breaker,
+                lambda answer: bar.advance(usd=breaker.usd, **cap),
+                cut,
+            )
+
+        run_in_thread(make_asking, lambda asking: _ask_either_way(asking, todo))
+
+# %% ../../nbs/asking/loop.ipynb #d891a89c
+async def _ask_either_way(asking: Asking, questions: Sequence[Question]) -> None:
+    "One by one, or in batches where the study says so"
+    cfg = asking.teacher.cfg
+    if not cfg.batch:
+        return await ask_all(asking, questions)
+    if not asking.teacher.offers_batch:
+        raise InputError(
+            f"batch = true needs a provider with a Batch API such as 'openai'; got {cfg.provider!r}"
+        )
+    await ask_by_batch(asking, questions, lambda q: request_body(cfg, q))
+
+
+def _check_room(folder: Path, n: int) -> None:
+    "Refuse to begin what would fill the disk half-way"
+    free, needed = shutil.disk_usage(folder).free, 20_000_000 + 8_000 * n
+    if free < needed:
+        raise InputError(
+            f"{folder} has {free / 1e6:.0f} MB left on its disk; {n} answers need about "
+            f"{needed / 1e6:.0f} MB: make room, or use another --run-dir"
+        )
+
+
+def n_sent_today(
+    ledger: BatchLedger,
+) -> int:  # attempts since midnight UTC
+    "Requests that count towards today's limit"
+    return sum(a.started_at.startswith(utc_day()) for a in read_attempts(ledger))
 
 # %% ../../nbs/asking/loop.ipynb #290bccc5
 MAX_ROUNDS = 3  # batches in a row for what came back empty, cut or not at all

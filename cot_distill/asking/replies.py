@@ -409,6 +409,8 @@ class Answerer(Protocol):
     "Whoever can answer a question; `00_teachers` has the classes"
 
     cfg: TeacherConfig
+    is_asked: bool
+    offers_batch: bool
 
     async def ask(self, question: Question) -> Answer: ...
 

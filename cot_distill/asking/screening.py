@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKUP', 'NGRAMS', 'FROM_TEMPLATES', 'markup_in', 'words_of', 'ngrams', 'TestIndex', 'blocking_run',
-           'near_duplicates']
+           'near_duplicates', 'eval_index', 'screen']
 
 # %% ../../nbs/asking/screening.ipynb #9873bd6d
 import re
@@ -12,6 +12,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.config import StudyConfig
+from ..core.errors import InputError
+from ..core.problems import eval_problems
 
 # %% ../../nbs/asking/screening.ipynb #2e5973a0
 MARKUP = re.compile(
@@ -51,6 +56,7 @@ class TestIndex:
     __test__ = False  # not a test class, whatever pytest thinks of its name
     exact: set[tuple[str, ...]] = field(default_factory=set)
     grams: dict[int, set[int]] = field(default_factory=lambda: {n: set() for n in NGRAMS})
+    block_run: int = max(NGRAMS)  # shared words in a row that drop a rationale; 0: copies only
 
     @classmethod
     def of(
@@ -109,3 +115,60 @@ def near_duplicates(
         if not repeats:
             seen.append(runs)
     return repeated
+
+# %% ../../nbs/asking/screening.ipynb #8a7a6be2
+def eval_index(
+    study: StudyConfig,
+) -> TestIndex:
+    "Evaluation questions and solutions; raises `InputError` when the prompt template holds one"
+    problems = [p for eval_set in study.eval_sets for p in eval_problems(study, eval_set)]
+    index = TestIndex.of(
+        (p.question for p in problems), (p.solution for p in problems if p.solution)
+    )
+    index.block_run = blocking_run(study.problems.source, study.generate.block_ngram)
+    template = f" {' '.join(words_of(study.generate.prompt_template))} "
+    copied = [p for p in problems if f" {' '.join(words_of(p.question))} " in template]
+    if copied:
+        raise InputError(
+            f"generate.prompt_template contains a test question ({copied[0].problem_id}: "
+            f"{copied[0].question[:60]!r}...); take its example from elsewhere"
+        )
+    return index
+
+
+def screen(
+    rows: Sequence[dict[str, Any]],  # with question, completion, kept and drop_reason; changed
+    index: TestIndex,  # of the study's evaluation questions
+) -> dict[
+    str, dict[str, int]
+]:  # of questions and completions: rows that share a whole text or a run
+    "Drop what must not be taught and count what the evaluation sets share"
+    runs = ("exact", *map(str, NGRAMS))
+    shared = {text: dict.fromkeys(runs, 0) for text in ("question", "completion")}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        for text, counts in shared.items():
+            exact, longest = index.overlap(row[text])
+            for run in ["exact"] * exact + [str(n) for n in NGRAMS if longest >= n]:
+                counts[run] += 1
+            if exact or (index.block_run and longest >= index.block_run):
+                _drop(row, "contaminated")
+        if markup_in(row["completion"]):
+            _drop(row, "markup")
+        samples.setdefault(row["problem_id"], []).append(row)
+    for group in samples.values():
+        _drop_repeats([row for row in group if row["kept"]])
+    return shared
+
+
+def _drop(row: dict[str, Any], reason: str) -> None:
+    "Do not keep a row; the first reason counts"
+    row["kept"], row["drop_reason"] = False, row["drop_reason"] or reason
+
+
+def _drop_repeats(kept: Sequence[dict[str, Any]]) -> None:
+    "Of a problem's samples that say the same, keep the first"
+    repeats = near_duplicates([row["completion"] for row in kept])
+    for row, repeated in zip(kept, repeats, strict=True):
+        if repeated:
+            _drop(row, "near_duplicate")

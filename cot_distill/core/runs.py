@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'RunFolder', 'project_root', 'open_run', 'check_idle', 'study_in', 'with_dtype', 'chapter_path',
-           'chapter_run', 'open_chapter', 'usable_cores', 'gpu_names', 'hardware', 'provenance', 'record_run',
-           'write_run_json', 'recorded_stages', 'entries_of', 'note_job', 'recorded_jobs']
+           'chapter_run', 'open_chapter', 'open_lesson', 'usable_cores', 'gpu_names', 'hardware', 'provenance',
+           'record_run', 'write_run_json', 'recorded_stages', 'entries_of', 'note_job', 'recorded_jobs']
 
 # %% ../../nbs/core/runs.ipynb #a3ef59fc
 import importlib.metadata
@@ -205,6 +205,12 @@ def open_chapter(
         run_dir = tempfile.mkdtemp(prefix="cot-distill-lesson-")
     run = open_run(run_dir, study)
     return with_dtype(study, load_study(run.config_file).student.dtype), run
+
+# %% ../../nbs/core/runs.ipynb #5ddeec13
+def open_lesson() -> tuple[StudyConfig, RunFolder]:
+    "The built-in study that lessons work on, whatever the parameters say, in a scratch folder"
+    study = load_study(chapter_path("../configs/lesson.toml"))
+    return study, open_run(tempfile.mkdtemp(prefix="cot-distill-lesson-"), study)
 
 # %% ../../nbs/core/runs.ipynb #84318bf4
 PACKAGES = (
