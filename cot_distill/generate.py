@@ -13,14 +13,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .asking.cards import GenerateSummary, write_card
-from .asking.ledger import Attempt, BatchLedger, read_attempts
+from .asking.ledger import BatchLedger, read_attempts
 from .asking.loop import ask_missing
 from .asking.replies import Answer
 from .asking.screening import eval_index, screen
 from .core.config import StudyConfig
 from .core.files import write_parquet
 from .core.inputs import begin_stage, finish_stage, stage_inputs
-from .core.problems import Problem, study_problems
+from .core.problems import study_problems
 from .core.runs import RunFolder, record_run
 from .grading import final_answer, is_correct
 from .teachers import open_teacher, study_questions, teacher_class
@@ -40,16 +40,14 @@ DROP_FOR_STATUS = {
 
 
 def grade(
-    problem: Problem,
     answer: Answer,
+    reference_answer: str,
     keep_wrong: bool = False,  # teach wrong and unparsable rationales too
 ) -> dict[str, Any]:  # completion, final_answer, is_correct, kept, drop_reason
     "One graded rationale"
     cut = answer.status == "truncated"
     found = final_answer(answer.text, truncated=cut) if answer.text.strip() else None
-    correct = bool(answer.text.strip()) and is_correct(
-        answer.text, problem.reference_answer, truncated=cut
-    )
+    correct = bool(answer.text.strip()) and is_correct(answer.text, reference_answer, truncated=cut)
     reason = DROP_FOR_STATUS.get(answer.status) or (None if answer.status == "ok" else "failed")
     if reason is None and not correct and not keep_wrong:
         reason = "unparsable" if found is None else "wrong"
@@ -73,7 +71,7 @@ def rationale_rows(
     study: StudyConfig,
     teacher_id: str,
     questions: Iterable[tuple[str, Any]],  # from `study_questions`
-    final: Mapping[str, Attempt],  # request key -> the attempt that counts
+    final: Mapping[str, Any],  # request key -> the attempt that counts
 ) -> Iterator[dict[str, Any]]:  # one row a problem and sample, in the order of the questions
     "Graded rationales from a ledger"
     copied = ("model", "finish_reason", "prompt_tokens", "completion_tokens", "latency_s")
@@ -87,7 +85,7 @@ def rationale_rows(
             "teacher": teacher_id,
             "sample_idx": question.sample_idx,
             "cost_usd": attempt.cost_usd if attempt else 0.0,
-            **grade(problem, answer, study.generate.keep_wrong),
+            **grade(answer, problem.reference_answer, study.generate.keep_wrong),
             **{name: attempt and getattr(attempt, name) for name in copied},
         }
 

@@ -272,6 +272,9 @@ def test_killed_and_found_again(tmp_path, moment):
         (Reply(401, {"error": {"message": "Incorrect API key provided"}}), InputError),
         (Reply(503, ""), ResumeLater),
         (Reply(how="reset"), ResumeLater),
+        (Reply(body=b"\x00\xff this is not HTTP\r\n\r\n", how="raw"), ResumeLater),
+        (Reply(body='{"id": '), ResumeLater),
+        (Reply(body="<html>hello</html>", content_type="text/html"), ResumeLater),
     ],
 )
 def test_the_interface_itself_fails(tmp_path, reply, kind):

@@ -2,6 +2,7 @@
 nothing heavy loads early"""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -118,3 +119,25 @@ def test_nothing_heavy_loads_before_it_is_needed(code: str) -> None:
     show = f"import sys; {code}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+CHAPTERS = ["00_teachers", "01_generate"]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_imports_what_it_tells_about(name: str) -> None:
+    "At most 25 names of ours and 400 lines of code: what serves behind the scenes has its own room"
+    cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    lines = [
+        line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
+    body = "\n".join(f"    {line}" for line in code.splitlines())  # lessons await at the top level
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(f"async def chapter():\n{body}"))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cot_distill")
+        for alias in node.names
+    }
+    assert len(names) <= 25, sorted(names)
+    assert len(lines) <= 400

@@ -266,7 +266,8 @@ def _card_counts(summary: GenerateSummary) -> list[str]:
     return [
         "| dropped because | rows |\n|---|---|",
         *(f"| {reason} | {n} |" for reason, n in dropped.items()),
-        "\n| shared with the evaluation sets, rows | a whole question | 8 words in a row | 10 | 13 |",
+        "\n| shared with the evaluation sets, rows | a whole question "
+        "| 8 words in a row | 10 | 13 |",
         "|---|---|---|---|---|",
         *shared,
     ]

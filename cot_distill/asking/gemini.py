@@ -41,7 +41,8 @@ def connect_generativeai(
         genai.protos.GenerationConfig(cfg.extra_body)
     except (ValueError, TypeError) as err:
         raise InputError(
-            f"extra_body of {cfg.model!r} is nothing that google-generativeai knows ({str(err)[:120]}); sdk = 'google-genai' knows newer settings"
+            f"extra_body of {cfg.model!r} is nothing that google-generativeai knows "
+            f"({str(err)[:120]}); sdk = 'google-genai' knows newer settings"
         ) from None
     genai.configure(api_key=key, transport="rest", client_options={"api_endpoint": url})
     for kind in ("generative", "model"):  # a redirect would take the key along

@@ -51,7 +51,7 @@ class RateBudget:
 
 # %% ../../nbs/asking/pace.ipynb #5e3eb4c8
 class InFlight:
-    "How many calls may be under way: slow start, then additive increase, multiplicative decrease (Jacobson 1988, Chiu and Jain 1989)"
+    "How many calls may be under way (Jacobson 1988, Chiu and Jain 1989)"
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ def utc_day() -> str:  # such as `2026-11-24`
 
 # %% ../../nbs/asking/pace.ipynb #0a52c45d
 class Pacer:
-    "Admits calls: below the stated limits, behind one shared gate; without stated limits the number in flight adapts"
+    "Admits calls below the stated limits, behind one gate; without limits their number adapts"
 
     def __init__(
         self,
@@ -130,12 +130,13 @@ class Pacer:
             [float], Awaitable
         ] = asyncio.sleep,  # one that ends early when the run is stopped
     ) -> None:
-        "Wait until this call may go (then `leave` when it is over); raises `ResumeLater` when the day is used up"
+        "Wait until this call may go; raises `ResumeLater` when the day is used up"
         if (today := self.day()) != self.today:
             self.today, self.n_today = today, 0
         if self.rpd is not None and self.n_today >= self.rpd:
             raise ResumeLater(
-                f"the {self.rpd} requests of {today} (rpd) are used up; run the same command again after midnight UTC"
+                f"the {self.rpd} requests of {today} (rpd) are used up; "
+                f"run the same command again after midnight UTC"
             )
         self.n_today += 1
         await self.in_flight.enter()
@@ -201,11 +202,14 @@ class Caps:
             )
         if cfg.max_usd is not None and self.usd + reserve_usd > cfg.max_usd:
             raise ResumeLater(
-                f"generate.max_usd = {cfg.max_usd:g} would be passed: ${self.usd:.4f} spent, the next call may cost ${reserve_usd:.4f}; raise it and {kept}"
+                f"generate.max_usd = {cfg.max_usd:g} would be passed: ${self.usd:.4f} spent, "
+                f"the next call may cost ${reserve_usd:.4f}; raise it and {kept}"
             )
         if is_retry and self.n_retries + 1 > max(10, cfg.retry_budget_frac * self.n_first):
             raise ResumeLater(
-                f"{self.n_retries} retries for {self.n_first} requests: more than generate.retry_budget_frac = {cfg.retry_budget_frac:g} allows; the provider is in trouble, {kept}"
+                f"{self.n_retries} retries for {self.n_first} requests: more than "
+                f"generate.retry_budget_frac = {cfg.retry_budget_frac:g} allows; "
+                f"the provider is in trouble, {kept}"
             )
         self.n_sent, self.usd = self.n_sent + 1, self.usd + reserve_usd
         self.n_first, self.n_retries = self.n_first + (not is_retry), self.n_retries + is_retry
@@ -244,11 +248,13 @@ class Breaker(Caps):
                 else "when the quota resets or the account is topped up"
             )
             raise ResumeLater(
-                f"quota used up ({told}); run the same command again {when}, finished answers are kept"
+                f"quota used up ({told}); run the same command again {when}, "
+                f"finished answers are kept"
             )
         failed = answer.status in RETRY or answer.status == "bad_request"
         self.n_failures = self.n_failures + 1 if failed else 0
         if self.n_failures >= MAX_FAILURES:
             raise ResumeLater(
-                f"{self.n_failures} failures in a row, the last one: {told}; run again when the provider works, finished answers are kept"
+                f"{self.n_failures} failures in a row, the last one: {told}; "
+                f"run again when the provider works, finished answers are kept"
             )

@@ -97,7 +97,10 @@ def read_openai_body(
             **facts,
         )
     if not (text or "").strip() and (message.get("reasoning_content") or message.get("reasoning")):
-        told = "the model thought but wrote no answer; turn thinking off in extra_body, or raise generate.max_tokens"
+        told = (
+            "the model thought but wrote no answer; turn thinking off in extra_body, "
+            "or raise generate.max_tokens"
+        )
         return Answer("thinking_only" if finish != "length" else "truncated", error=told, **facts)
     return _text_answer(text or "", cut=finish == "length", facts=facts)
 
@@ -270,7 +273,8 @@ def _seconds(duration: str) -> float:
 
 # %% ../../nbs/asking/replies.ipynb #aaf7d00d
 QUOTA_WORDS = re.compile(
-    r"insufficient[_ ](quota|balance)|exceeded your current quota|billing_hard_limit|billing_not_active",
+    r"insufficient[_ ](quota|balance)|exceeded your current quota"
+    r"|billing_hard_limit|billing_not_active",
     re.I,
 )
 DAY_WORDS = re.compile(r"per ?day|\bdaily\b|\b[RT]PD\b", re.I)
@@ -291,11 +295,13 @@ def _pacific_midnight_s() -> float:
 
 # %% ../../nbs/asking/replies.ipynb #7186d730
 KEY_WORDS = re.compile(
-    r"invalid[_ ]api[_ ]key|API[_ ]key[_ ](not[_ ]valid|invalid|expired)|incorrect api key|API_KEY_INVALID",
+    r"invalid[_ ]api[_ ]key|API[_ ]key[_ ](not[_ ]valid|invalid|expired)|incorrect api key"
+    r"|API_KEY_INVALID",
     re.I,
 )
 MODEL_WORDS = re.compile(
-    r"model_not_found|model .{0,80}(not found|does not exist|is not supported|not exist)|models/\S+ is not found",
+    r"model_not_found|model .{0,80}(not found|does not exist|is not supported|not exist)"
+    r"|models/\S+ is not found",
     re.I | re.S,
 )
 
@@ -370,7 +376,8 @@ def connection_error(
     "What went wrong below HTTP, in one line"
     cause = _innermost(err)
     return redact(
-        f"{url} cannot be reached or broke off ({type(cause).__name__}: {str(cause)[:120]}); check base_url, the network and the server"
+        f"{url} cannot be reached or broke off ({type(cause).__name__}: {str(cause)[:120]}); "
+        f"check base_url, the network and the server"
     )
 
 

@@ -20,7 +20,8 @@ from ..core.problems import eval_problems
 
 # %% ../../nbs/asking/screening.ipynb #2e5973a0
 MARKUP = re.compile(
-    r"<\|[^|<>\n]{1,40}\|>|</?(think|thinking|reasoning|answer_start)>|\[/?INST\]|<</?SYS>>|</?s>|<(start|end)_of_turn>|<(bos|eos|pad|unk)>"
+    r"<\|[^|<>\n]{1,40}\|>|</?(think|thinking|reasoning|answer_start)>|\[/?INST\]|<</?SYS>>"
+    r"|</?s>|<(start|end)_of_turn>|<(bos|eos|pad|unk)>"
     r"|\x1b\[|[\u202a-\u202e\u2066-\u2069\u200e\u200f]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]",
     re.IGNORECASE,
 )
