@@ -22,7 +22,8 @@ from ..core.errors import InputError
 from ..core.files import read_json, read_parquet
 from ..core.runs import RunFolder
 from ..core.stats import holm, two_proportion_p, wilson
-from .results import read_results, scored_table
+from .answers import scored_table
+from .results import read_results
 
 # %% ../../nbs/reading/frames.ipynb #a909d617
 RESULT_COLUMNS = (
@@ -261,9 +262,7 @@ def _evals(run: RunFolder) -> pd.DataFrame:
         for path in sorted(folder.glob("*.parquet"))
     ]
     tables = [
-        scored_table(run, path.parent.name, path.stem).assign(
-            variant=path.parent.name, problem_set=path.stem
-        )
+        scored_table(path.parent, path.stem).assign(variant=path.parent.name, problem_set=path.stem)
         for path in files
     ]
     return (
