@@ -349,7 +349,8 @@ def evaluate(
     for name in names:
         if name != "base":
             study.variant(name)
-    from cot_distill.eval import run_eval, write_results
+    from cot_distill.eval import run_eval
+    from cot_distill.reading.results import write_results
 
     def work(name: str) -> str:
         run_eval(study, name, folder)

@@ -22,21 +22,15 @@ from cot_distill import eval as evaluation
 from cot_distill.analysis import results_table
 from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.core.errors import InputError
-from cot_distill.core.files import read_json, read_parquet
-from cot_distill.core.inputs import stage_state, student_of
-from cot_distill.core.runs import RunFolder
+from cot_distill.core.journal import Journal
+from cot_distill.core.runs import RunFolder, read_json, read_parquet, stage_state
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
-from cot_distill.eval import (
-    Parts,
-    eval_tasks,
-    run_eval,
-    task_prompts,
-    write_results,
-)
+from cot_distill.eval import eval_tasks, journal_row, run_eval, task_prompts
 from cot_distill.grading import final_answer
 from cot_distill.reading.frames import load_runs
+from cot_distill.reading.results import write_results
 from cot_distill.student.engines import TransformersEngine, close_engine, open_engine
-from cot_distill.student.model import load_student, load_tokenizer
+from cot_distill.student.model import load_student, load_tokenizer, student_of
 from cot_distill.student.slots import Completion
 
 COLUMNS = [
@@ -263,8 +257,8 @@ def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scri
     study = study_of(folder)
     calls = scripted(study, base=["no"])
     tasks = eval_tasks(study, study.eval_sets[0], "base")
-    parts = Parts(run.eval_dir("base") / ".parts" / "two-step.jsonl")
-    parts.append([(tasks[2], Completion("from before", [1], False))], wall_s=10.0)
+    parts = Journal(run.eval_dir("base") / ".parts" / "two-step.jsonl")
+    parts.append([journal_row(tasks[2], Completion("from before", [1], False), wall_s=10.0)])
     with open(parts.path, "ab") as file:
         file.write(b'{"prompt": "study", "problem_id"')
     facts = run_eval(study, "base", run)["two-step"]
@@ -314,12 +308,12 @@ def test_killed_evaluation_goes_on_where_it_was(folder: Path, tmp_path: Path) ->
 
     killed, parts = start("killed", 0.5), tmp_path / "killed/evals/base/.parts/two-step.jsonl"
     deadline = time.monotonic() + 120
-    while not (parts.exists() and parts.read_bytes().count(b"\n") >= 3):
+    while not (parts.exists() and parts.read_bytes().count(b"\n") >= 4):
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    n_saved = parts.read_bytes().count(b"\n")
+    n_saved = parts.read_bytes().count(b"\n") - 1  # the first line names the packages
     assert 3 <= n_saved < 12 and not (tmp_path / "killed/evals/base/two-step.parquet").exists()
     again, whole = start("killed", 0), start("whole", 0)
     assert int(again.communicate()[0]) == 12 - n_saved and int(whole.communicate()[0]) == 12
@@ -340,6 +334,84 @@ def test_a_lost_or_broken_table_is_made_again(folder: Path, run: RunFolder, scri
     run_eval(study, "base", run)
     assert calls == [4, 4, 4] and len(read_parquet(run.eval_file("base", "two-step"))) == 4
     assert stage_state(run.eval_dir("base"), "two-step") == "finished"
+
+
+def test_grades_that_were_changed_follow_again_from_the_answers(
+    folder: Path, run: RunFolder, scripted: Any, capsys: pytest.CaptureFixture
+) -> None:
+    study = study_of(folder)
+    calls = scripted(study, base=[f"#### {references(study)[0]}", "no"])
+    run_eval(study, "base", run)
+    path = run.eval_file("base", "two-step")
+    whole = read_parquet(path)
+    whole.assign(is_correct=True).to_parquet(path, index=False)
+    with pytest.raises(InputError, match="1 of 4 were right, now 4 of 4"):
+        write_results(study, run)
+    assert run_eval(study, "base", run)["two-step"]["n_correct"] == 1 and calls == [4]
+    assert "graded again" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(read_parquet(path), whole)
+    whole.assign(completion="#### 1").to_parquet(path, index=False)
+    run_eval(study, "base", run)
+    assert calls == [4, 4], "answers that were changed are asked for again"
+    pd.testing.assert_frame_equal(read_parquet(path), whole)
+
+
+def test_an_answer_changed_in_the_journal_ends_its_reading(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    study = study_of(folder)
+    calls = scripted(study, base=["no"])
+    tasks = eval_tasks(study, study.eval_sets[0], "base")
+    parts = Journal(run.eval_dir("base") / ".parts" / "two-step.jsonl")
+    parts.append([journal_row(task, Completion("#### 7", [1], False), 1.0) for task in tasks[:3]])
+    lines = parts.path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"#### 7", b"#### 8")
+    parts.path.write_bytes(b"".join(lines))
+    run_eval(study, "base", run)
+    assert calls == [3]
+    completions = read_parquet(run.eval_file("base", "two-step"))["completion"].tolist()
+    assert completions == ["#### 7", "no", "no", "no"]
+
+
+def test_packages_that_changed_between_two_halves_are_told(
+    folder: Path, run: RunFolder, scripted: Any, capsys: pytest.CaptureFixture
+) -> None:
+    study = study_of(folder)
+    scripted(study, base=["no"])
+    tasks = eval_tasks(study, study.eval_sets[0], "base")
+    parts = Journal(run.eval_dir("base") / ".parts" / "two-step.jsonl")
+    parts.append([{"packages": {"torch": "1.0", "openai": "1.0"}}])
+    parts.append([journal_row(tasks[0], Completion("before", [1], False), 1.0)])
+    facts = run_eval(study, "base", run)["two-step"]
+    assert facts["packages_changed"][0] == f"torch 1.0 -> {torch.__version__}"
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "torch 1.0" in line]
+    assert "since the first 1 answers were decoded" in told and "openai" not in told
+
+
+def test_a_set_with_other_labels_is_graded_from_answers_at_hand(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    path = run.path.parent / "mended.jsonl"
+    study = study_of(folder, base_prompts={"boxed": "{question} Box it."})
+    questions = [t.problem.question for t in eval_tasks(study, study.eval_sets[0], "human")]
+    mended = [{"question": f" {q} ", "answer": "7"} for q in questions[1:3]]
+    path.write_text("\n".join(json.dumps(row) for row in mended))
+    second = EvalSetConfig(name="mended", source=str(path))
+    study = study.model_copy(update={"eval_sets": [*study.eval_sets, second]})
+    give_adapter(run, study)
+    calls = scripted(study, base=["no"] * 4 + ["#### 7"] * 4, human=["#### 7"])
+    for variant in ("base", "human"):
+        facts = run_eval(study, variant, run)["mended"]
+        assert (facts["answers_from"], facts["n"], facts["n_correct"]) == ("two-step", 2, 2)
+        assert facts["n_new"] == 0 and facts["wall_s"] < 5
+    assert facts["prompt"] == "study" and calls == [8, 4]
+    gate = read_parquet(run.eval_dir("base") / "gate" / "mended.parquet")
+    assert gate.groupby("prompt")["is_correct"].sum().to_dict() == {"boxed": 2, "study": 0}
+    assert (run.eval_dir("human") / "mended.samples.jsonl").read_text().count("\n") == 2
+    sampled = study_of(folder, temperature=1.0).model_copy(update={"eval_sets": study.eval_sets})
+    other = RunFolder(run.path.parent / "sampled")
+    run_eval(sampled, "base", other)
+    assert calls == [8, 4, 4, 2], "samples of one question differ"
 
 
 def test_other_settings_are_refused_and_slots_are_not(

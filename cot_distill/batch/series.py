@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'Estimate', 'Series', 'merged', 'load_series', 'study_of', 'Row', 'rows_of', 'estimate_s', 'row_inputs',
-           'work_on', 'regrade', 'record_answers', 'run_series', 'pack_results', 'merge_results', 'rows_table',
-           'rows_shown', 'data_dir', 'main']
+           'work_on', 'record_answers', 'run_series', 'pack_results', 'merge_results', 'rows_table', 'rows_shown',
+           'data_dir', 'main']
 
 # %% ../../nbs/batch/series.ipynb #1d3633c5
 import argparse
@@ -18,14 +18,15 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
 from cot_distill.core.config import (
-    EvalSetConfig,
     Part,
+    StudentConfig,
     StudyConfig,
     difference,
     is_path,
@@ -34,31 +35,22 @@ from cot_distill.core.config import (
     read_toml,
 )
 from ..core.errors import InputError, Interrupted, as_program
-from cot_distill.core.files import (
-    atomic_path,
-    fingerprint,
-    locked,
-    read_json,
-    read_parquet,
-    write_json,
-    write_parquet,
-)
-from cot_distill.core.inputs import (
-    begin_stage,
-    finish_stage,
-    stage_inputs,
-    stage_marker,
-    stage_state,
-    student_identity,
-    student_of,
-)
-from ..core.problems import eval_problems
+from ..core.problems import eval_problems, study_problems
 from cot_distill.core.runs import (
     RunFolder,
+    atomic_path,
+    begin_stage,
+    fingerprint,
+    finish_stage,
+    locked,
     open_run,
     project_root,
-    record_run,
+    read_json,
+    read_parquet,
     recorded_stages,
+    stage_marker,
+    stage_state,
+    write_json,
     write_run_json,
 )
 
@@ -247,13 +239,13 @@ def estimate_s(
 def row_inputs(
     study: StudyConfig,
     variant: str,  # a teacher's id, a repeat, or `base`
-    run: RunFolder,
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the numbers of one row"
+    from cot_distill.generate import generate_inputs
+    from cot_distill.student.model import student_of
+
     student = student_of(study)
-    known = student.model_dump(exclude={"device", "revision"}) | {
-        "model": student_identity(student)
-    }
+    known = student.model_dump(exclude={"device", "revision"}) | {"model": _identity(student)}
     sets = {
         s.name: fingerprint([[p.question, p.reference_answer] for p in eval_problems(study, s)])
         for s in study.eval_sets
@@ -269,10 +261,18 @@ def row_inputs(
     recipe = study.train.model_dump(exclude={"checkpoint_every", "checkpoints_kept", "merge"})
     teacher_id, seed = study.variant(variant)
     return scored | {
-        "taught": stage_inputs(study, "generate", teacher_id, run),
+        "taught": generate_inputs(study, teacher_id, study_problems(study)),
         "train": recipe,
         "seed": seed,
     }
+
+
+@lru_cache
+def _identity(student: StudentConfig) -> str:
+    "Which student this is; its file is read once a process"
+    from cot_distill.student.model import student_identity
+
+    return student_identity(student)
 
 # %% ../../nbs/batch/series.ipynb #5a064b2e
 def work_on(
@@ -281,8 +281,9 @@ def work_on(
     run: RunFolder,
 ) -> dict[str, Any]:  # `wall_s` of this call, and in `scores` the counts of each problem set
     "Teach, train and score one row; whatever is there already is used"
-    from cot_distill.eval import run_eval, write_results
+    from cot_distill.eval import run_eval
     from cot_distill.generate import run_generate
+    from cot_distill.reading.results import write_results
     from cot_distill.student.engines import close_engine
     from cot_distill.train import run_train
 
@@ -293,97 +294,16 @@ def work_on(
         run_generate(study, study.variant(variant).teacher, run)
         close_engine()  # the last row's student need not lie beside the one in training
         run_train(study, variant, run)
-    begin_stage(run.eval_dir(variant), "row", row_inputs(study, variant, run))
-    scores = {}
-    for eval_set in study.eval_sets:
-        if not regrade(study, eval_set, variant, run):
-            run_eval(_only(study, eval_set), variant, run)
-        counts = read_json(stage_marker(run.eval_dir(variant), eval_set.name))["facts"]
-        scores[eval_set.name] = {"n": counts["n"], "n_correct": counts["n_correct"]}
+    begin_stage(run.eval_dir(variant), "row", row_inputs(study, variant))
+    done = run_eval(study, variant, run)
+    scores = {
+        name: {"n": counts["n"], "n_correct": counts["n_correct"]} for name, counts in done.items()
+    }
     facts = {"scores": scores, "wall_s": round(time.monotonic() - started, 1)}
     finish_stage(run.eval_dir(variant), "row", **facts)
     shutil.rmtree(run.student_dir(variant) / "checkpoints", ignore_errors=True)
     write_results(study, run)
     return facts
-
-
-def _only(study: StudyConfig, eval_set: EvalSetConfig) -> StudyConfig:
-    "The same study with one problem set"
-    one = study.model_copy(update={"eval_sets": [eval_set]})
-    one._base_dir = study._base_dir
-    return one
-
-# %% ../../nbs/batch/series.ipynb #a2513c6e
-def regrade(
-    study: StudyConfig,
-    eval_set: EvalSetConfig,  # to be scored
-    variant: str,
-    run: RunFolder,
-) -> bool:  # False when no earlier set holds answers to all of its questions
-    "Score a problem set from the answers that another one has for the same questions"
-    from cot_distill.eval import prompt_spread
-
-    started, folder = time.monotonic(), run.eval_dir(variant)
-    earlier = (
-        study.eval_sets[: study.eval_sets.index(eval_set)] if study.eval.temperature == 0 else []
-    )
-    for other in [s for s in earlier if stage_state(folder, s.name) == "finished"]:
-        table = _regraded(study, eval_set, read_parquet(run.eval_file(variant, other.name)))
-        if table is None:
-            continue
-        inputs = stage_inputs(study, "eval", variant, run, eval_set)
-        if begin_stage(folder, eval_set.name, inputs) == "done":
-            return True
-        prompt = read_json(stage_marker(folder, other.name))["facts"]["prompt"]
-        by_rule = prompt_spread(table.assign(prompt=prompt)).loc[prompt].to_dict()
-        write_parquet(run.eval_file(variant, eval_set.name), table)
-        facts = {
-            "n": len(table),
-            "n_correct": int(table["is_correct"].sum()),
-            "prompt": prompt,
-            "accuracy_by_rule": by_rule,
-            "answers_from": other.name,
-            "wall_s": round(time.monotonic() - started, 3),
-        }
-        finish_stage(folder, eval_set.name, [run.eval_file(variant, eval_set.name)], **facts)
-        record_run(run, f"eval {eval_set.name}", variant, **facts)
-        return True
-    return False
-
-# %% ../../nbs/batch/series.ipynb #283fd6d0
-def _regraded(
-    study: StudyConfig, eval_set: EvalSetConfig, answers: "pd.DataFrame"
-) -> "pd.DataFrame | None":
-    "Answers with another set's ids and labels; None when a question has none"
-    import pandas as pd
-
-    from cot_distill.eval import graded
-    from cot_distill.student.slots import Completion
-
-    by_question = {" ".join(row["question"].split()): row for row in answers.to_dict("records")}
-    rows = []
-    for problem in eval_problems(study, eval_set):
-        row = by_question.get(" ".join(problem.question.split()))
-        if row is None:
-            return None
-        found, right = graded(
-            study.eval.rule,
-            Completion(row["completion"], [], row["truncated"]),
-            problem.reference_answer,
-        )
-        rows.append(
-            row
-            | {
-                "problem_id": problem.problem_id,
-                "question": problem.question,
-                "reference_answer": problem.reference_answer,
-                "final_answer": found,
-                "is_correct": right,
-            }
-        )
-    return pd.DataFrame.from_records(rows, columns=list(answers.columns)).astype(
-        {"final_answer": "str"}
-    )
 
 # %% ../../nbs/batch/series.ipynb #3d70a853
 def record_answers(
@@ -449,11 +369,11 @@ def run_series(
 # %% ../../nbs/batch/series.ipynb #5d2318a6
 def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
     "Bring one row to its end; False when it was there"
-    run = open_run(out / row.study, study_of(series, row.study, data, out))
+    run = _opened(out / row.study, study_of(series, row.study, data, out))
     study = load_study(run.config_file)
     folder = run.eval_dir(row.variant)
     if (
-        begin_stage(folder, "row", row_inputs(study, row.variant, run)) != "done"
+        begin_stage(folder, "row", row_inputs(study, row.variant)) != "done"
         and row.variant == "base"
     ):
         _borrow(run, row.variant, out)
@@ -480,6 +400,19 @@ def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
                 flush=True,
             )
     return is_new
+
+# %% ../../nbs/batch/series.ipynb #d2ab3584
+def _opened(path: Path, study: StudyConfig) -> RunFolder:
+    "Open a run folder, wherever its data lay when it was made"
+    run = RunFolder(path)
+    if run.config_file.exists():
+        both = (load_study(run.config_file), study)
+        changes = difference(*(one.model_dump(exclude_none=True) for one in both))
+        if changes and all(
+            key.rpartition(".")[2] in ("source", "path", "model", "description") for key in changes
+        ):
+            run.config_file.unlink()
+    return open_run(path, study)
 
 # %% ../../nbs/batch/series.ipynb #18d80ca1
 def _borrow(run: RunFolder, variant: str, out: Path) -> None:
@@ -595,7 +528,7 @@ def merge_results(
 
 def _complete(out: Path, names: Iterable[str]) -> None:
     "Give merged studies the untrained student that they shared with another one, and their results"
-    from cot_distill.eval import write_results
+    from cot_distill.reading.results import write_results
 
     for run in [RunFolder(out / name) for name in sorted(names)]:
         study = load_study(run.config_file)
