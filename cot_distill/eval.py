@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'Task', 'eval_tasks', 'with_shots', 'task_prompts', 'journal_row', 'kept_answers', 'note_packages',
-           'complete_tasks', 'eval_inputs', 'problems_fingerprint', 'seed_of', 'run_eval', 'answered_table']
+           'complete_tasks', 'seed_of', 'run_eval', 'answered_table']
 
 # %% ../nbs/03_eval.ipynb #96285b5d
 import hashlib
@@ -12,34 +12,30 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .core.config import EvalSetConfig, StudyConfig, is_path
+from .core.config import EvalSetConfig, StudyConfig
 from .core.errors import InputError
+from .core.files import locked, read_json
+from cot_distill.core.inputs import (
+    begin_stage,
+    finish_stage,
+    marker_of,
+    problems_fingerprint,
+    stage_inputs,
+    student_of,
+)
 from .core.journal import Journal
 from .core.problems import Problem, eval_problems, study_problems
 from .core.progress import Progress
-from cot_distill.core.runs import (
-    RunFolder,
-    begin_stage,
-    fingerprint,
-    finish_stage,
-    locked,
-    provenance,
-    read_json,
-    record_run,
-    stage_marker,
-    stage_state,
-)
+from .core.runs import RunFolder, provenance, record_run
 from .grading import grade
-from .reading.answers import answers_at_hand, finished_facts, write_answers
+from .reading.answers import answers_at_hand, write_answers
 from .reading.scores import graded_table
 from .student.engines import open_engine
-from .student.lora import adapter_fingerprint
-from .student.model import load_tokenizer, student_of
+from .student.model import load_tokenizer
 from .student.slots import Completion
 from .student.tokens import prompt_ids
 
@@ -221,48 +217,6 @@ def _decode(
     counts["prompt_tokens"] = engine.prompt_tokens - read
 
 # %% ../nbs/03_eval.ipynb #7488aed3
-def eval_inputs(
-    study: StudyConfig,
-    eval_set: EvalSetConfig,
-    variant: str,
-    run: RunFolder,
-) -> dict[str, Any]:  # JSON values
-    "Everything that can change the answers of one evaluation"
-    cfg = study.eval.model_dump(exclude={"slots", "n_bootstrap", "base_prompts"})
-    seed = seed_of(study, variant) if study.eval.temperature > 0 else None
-    if variant == "base":
-        cfg["base_prompts"] = dict(study.eval.base_prompts)
-    shots = study.problems.model_dump() if study.eval.n_shots else None
-    return {
-        "adapter": None if variant == "base" else adapter_fingerprint(run.adapter(variant)),
-        "student": study.student.model_dump(exclude={"device"}), "eval": cfg, "problems": eval_set.model_dump(),
-        "content": _content_of_file(study, eval_set, variant, run), "shots": shots, "seed": seed,
-    }  # fmt: skip
-
-
-def _content_of_file(
-    study: StudyConfig, eval_set: EvalSetConfig, variant: str, run: RunFolder
-) -> str | None:
-    "Hash of the problems in a file, as found when they were scored if the file is gone; None for other problems"
-    if not is_path(eval_set.source):
-        return None
-    if (
-        not Path(study.source(eval_set.source)).exists()
-        and stage_state(run.eval_dir(variant), eval_set.name) == "finished"
-    ):
-        return read_json(stage_marker(run.eval_dir(variant), eval_set.name))["inputs"].get(
-            "content"
-        )
-    return problems_fingerprint(eval_problems(study, eval_set))
-
-
-def problems_fingerprint(
-    problems: Sequence[Problem],
-) -> str:  # 16 hex digits
-    "Hash of what is asked and what the right answers are"
-    return fingerprint([[p.problem_id, p.question, p.reference_answer] for p in problems])
-
-
 def seed_of(
     study: StudyConfig,
     variant: str,  # `base` or a trained student's name
@@ -282,17 +236,16 @@ def run_eval(
     out = {}
     with locked(run.eval_dir(variant) / ".lock"):
         for eval_set in study.eval_sets:
-            inputs = eval_inputs(study, eval_set, variant, run)
-            state = begin_stage(run.eval_dir(variant), eval_set.name, inputs)
-            if state != "done" or not (
-                facts := finished_facts(run.eval_dir(variant), eval_set.name, study.eval.rule)
-            ):
+            inputs = stage_inputs(study, "eval", variant, run, eval_set)
+            if begin_stage(run.eval_dir(variant), eval_set.name, inputs) != "done":
                 facts = _evaluate(study, eval_set, variant, run)
-                data = inputs["content"] or problems_fingerprint(eval_problems(study, eval_set))
+                data = problems_fingerprint(eval_problems(study, eval_set))
                 record_run(run, f"eval {eval_set.name}", variant, data=data, **facts)
             else:
+                facts = read_json(marker_of(run, "eval", variant, eval_set))["facts"]
                 print(
-                    f"{variant}: already scored on {eval_set.name}, {facts['n_correct']} of {facts['n']} right",
+                    f"{variant}: already scored on {eval_set.name}, "
+                    f"{facts['n_correct']} of {facts['n']} right",
                     file=sys.stderr,
                 )
             out[eval_set.name] = facts
@@ -317,7 +270,8 @@ def _evaluate(
     tokenizer = load_tokenizer(student_of(study))
     prompts = [tokenizer.decode(ids) for ids in task_prompts(study, tasks, tokenizer)]
     facts = write_answers(folder, name, table, prompts, study.eval) | counts
-    finish_stage(folder, name, **facts)
+    made = [folder / place / f"{name}.parquet" for place in ("", "gate", "samples")]
+    finish_stage(folder, name, [path for path in made if path.exists()], **facts)
     journal.path.unlink(missing_ok=True)
     return facts
 

@@ -23,11 +23,11 @@ from cot_distill.core.errors import InputError
 from cot_distill.core.plots import teacher_color
 from cot_distill.core.problems import load_problems
 from cot_distill.core.stats import holm, paired_difference
-from cot_distill.reading import figures
+from cot_distill.reading import figures, prices, verdict
 from cot_distill.reading.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
 from cot_distill.reading.outcomes import lost_table, outcome_shares, solved_table, with_outcomes
 from cot_distill.reading.texts import MISTAKES, equations, mistake, text_features, value_of
-from cot_distill.reading.words import drawn, percent
+from cot_distill.reading.words import draw, percent, say
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,11 +69,11 @@ def test_the_published_study_gets_the_intervals_it_lacked(published: Runs) -> No
     assert (trained["delta_low"] < trained["delta"]).all() and (
         trained["delta"] < trained["delta_high"]
     ).all()
-    table = analysis.results_table(published.results)
+    table = verdict.results_table(published.results)
     assert table.loc["gpt-4o-mini", "accuracy"] == "67.2 % [64.6, 69.7]"
     assert table.loc["base", "difference to base, points"] == ""
     assert "cut off" not in table.columns  # never published
-    sentences = " ".join(analysis.gain_sentences(published.results))
+    sentences = " ".join(verdict.gain_sentences(published.results))
     assert "better than the base at the 5 % level: **gpt-4o-mini**" in sentences
     assert "not distinguishable from the base at the 5 % level: **deepseek**" in sentences
 
@@ -138,18 +138,18 @@ def test_results_without_a_base_have_no_differences() -> None:
 
 
 def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
-    main = analysis.headline(made.results)
-    answers = with_outcomes(analysis.with_features(analysis.first_set(made.evals, made.results)))
+    main = verdict.headline(made.results)
+    answers = with_outcomes(analysis.with_features(verdict.first_set(made.evals, made.results)))
     texts = analysis.with_features(made.rationales)
     shares = outcome_shares(answers)
     beside = analysis.gains_beside_texts(main, texts, made.training)
     said = {
-        1: analysis.gain_sentences(main),
-        2: analysis.ranking_sentences(analysis.pairwise(answers)),
+        1: verdict.gain_sentences(main),
+        2: verdict.ranking_sentences(verdict.pairwise(answers)),
         3: analysis.teacher_sentences(texts),
         4: analysis.collapse_sentences(shares),
         5: analysis.mistake_sentences(shares),
-        6: analysis.cost_sentences(analysis.cost_table(main), "a machine"),
+        6: prices.cost_sentences(prices.cost_table(main), "a machine"),
         8: analysis.brittle_sentences(analysis.other_sets(made.results)),
     }
     for number, sentences in said.items():
@@ -167,18 +167,18 @@ def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
 
 
 def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
-    main = analysis.headline(made.results)
-    answers = with_outcomes(analysis.first_set(made.evals, made.results))
+    main = verdict.headline(made.results)
+    answers = with_outcomes(verdict.first_set(made.evals, made.results))
     texts = analysis.with_features(made.rationales)
     beside = analysis.gains_beside_texts(main, texts, made.training)
     drawings = {
         "accuracy": (figures.plot_accuracy, main),
         "forest": (figures.plot_forest, main),
-        "pairwise": (figures.plot_pairwise, analysis.pairwise(answers)),
+        "pairwise": (figures.plot_pairwise, verdict.pairwise(answers)),
         "lengths": (figures.plot_lengths, texts),
         "gain": (figures.plot_gain_against, beside),
         "outcomes": (figures.plot_outcomes, outcome_shares(answers)),
-        "pareto": (figures.plot_pareto, analysis.cost_table(main)),
+        "pareto": (figures.plot_pareto, prices.cost_table(main)),
         "others": (figures.plot_differences, analysis.other_sets(made.results)),
     }
     for name, (plot, data) in drawings.items():
@@ -197,7 +197,7 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
 
 
 def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None:
-    before, main = dict(matplotlib.rcParams), analysis.headline(made.results)
+    before, main = dict(matplotlib.rcParams), verdict.headline(made.results)
     copy = main.copy(deep=True)
     figures.plot_forest(main)
     figures.plot_accuracy(main)
@@ -206,10 +206,10 @@ def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None
 
 
 def test_outcomes_add_up_and_agree_with_accuracy(made: Runs) -> None:
-    answers = with_outcomes(analysis.first_set(made.evals, made.results))
+    answers = with_outcomes(verdict.first_set(made.evals, made.results))
     shares = outcome_shares(answers)
     assert shares.sum(axis="columns").round(6).eq(100).all()
-    accuracy = analysis.headline(made.results).set_index("variant")["accuracy"].astype(float)
+    accuracy = verdict.headline(made.results).set_index("variant")["accuracy"].astype(float)
     assert (shares["right"] / 100 - accuracy).abs().max() < 1e-9
     table = solved_table(answers)
     assert len(table) == answers["problem_id"].nunique()
@@ -218,8 +218,8 @@ def test_outcomes_add_up_and_agree_with_accuracy(made: Runs) -> None:
 
 
 def test_what_was_lost_and_won_is_the_whole_change(made: Runs) -> None:
-    answers = with_outcomes(analysis.first_set(made.evals, made.results))
-    table, main = lost_table(answers), analysis.headline(made.results).set_index("variant")
+    answers = with_outcomes(verdict.first_set(made.evals, made.results))
+    table, main = lost_table(answers), verdict.headline(made.results).set_index("variant")
     for variant, row in table.iterrows():
         assert (
             row["won"] - row["lost"]
@@ -229,7 +229,7 @@ def test_what_was_lost_and_won_is_the_whole_change(made: Runs) -> None:
 
 
 def test_form_and_content_add_up_to_the_change(made: Runs) -> None:
-    shares = outcome_shares(with_outcomes(analysis.first_set(made.evals, made.results)))
+    shares = outcome_shares(with_outcomes(verdict.first_set(made.evals, made.results)))
     for sentence in analysis.collapse_sentences(shares):
         total, form, content = (float(x) for x in re.findall(r"[+-]\d+\.\d", sentence)[:3])
         assert total == pytest.approx(form + content, abs=0.11)
@@ -244,10 +244,46 @@ def test_a_ranking_is_corrected_for_the_number_of_pairs() -> None:
         )
         for v, share in (("base", 0.3), ("a", 0.5), ("b", 0.55), ("c", 0.8))
     ]
-    pairs = analysis.pairwise(pd.concat(frames))
+    pairs = verdict.pairwise(pd.concat(frames))
     assert [(r.first, r.second) for r in pairs.itertuples()] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert (pairs["p_holm"] >= pairs["p"] - 1e-15).all() and pairs["p_holm"].max() <= 1
-    assert "c over a" in " ".join(analysis.ranking_sentences(pairs))
+    assert "c over a" in " ".join(verdict.ranking_sentences(pairs))
+
+
+def test_teachers_that_no_test_tells_apart_share_a_rank(made: Runs) -> None:
+    main = verdict.headline(made.results)
+    pairs = verdict.pairwise(verdict.first_set(made.evals, made.results))
+    tied = verdict.ranking(main, pairs.assign(p_holm=0.2))
+    assert list(tied["rank"]) == [1, 1] and set(tied["ties"]) == {"human", "recorded"}
+    apart = verdict.ranking(main, pairs.assign(p_holm=0.001))
+    assert list(apart["rank"]) == [1, 2] and set(apart["ties"]) == {""}
+    assert apart["delta"].is_monotonic_decreasing
+    table = analysis.ranking_table(tied, prices.cost_table(main, prices.teacher_prices(made)))
+    assert list(table.columns[:2]) == ["rank", "difference to base, points"]
+
+
+def test_a_price_of_a_point_has_the_interval_of_the_gain(made: Runs) -> None:
+    main = verdict.headline(made.results).assign(delta=0.05, delta_low=0.02, delta_high=0.08)
+    known = pd.DataFrame({"variant": ["human", "recorded"], "usd": [math.nan, 0.4]})
+    costs = prices.cost_table(main, known.assign(basis=["no price is stated", "list price"]))
+    row = costs.set_index("variant").loc["recorded"]
+    ends = [row[f"usd a point{end}"] for end in ("", " low", " high")]
+    assert ends == pytest.approx([0.08, 0.05, 0.2])
+    assert prices.points_a_dollar(row.to_dict()) == "+12.5 [+5, +20]"
+    text = " ".join(prices.cost_sentences(costs))
+    assert ("$0.08 a point" not in text and "$0.08" in text) or "$0.080 a point" in text
+    assert "**human**: no price is stated" in text
+    open_end = prices.cost_table(main.assign(delta_low=-0.01), known.assign(basis="list price"))
+    assert "without an upper end" in " ".join(prices.cost_sentences(open_end))
+    ax = figures.plot_price(open_end[open_end["usd"] > 0], ax=Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_an_interval_without_zero_beside_a_p_above_five_percent_is_explained(made: Runs) -> None:
+    main = verdict.headline(made.results).assign(delta_low=0.01, delta_high=0.2, p_holm=0.058)
+    assert "excludes zero although p is above 5 %" in verdict.gain_sentences(main)[-1]
+    wide = verdict.gain_sentences(main.assign(delta_low=-0.01))
+    assert not any("excludes zero" in sentence for sentence in wide)
 
 
 def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
@@ -328,11 +364,11 @@ def test_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
 
 
 def test_the_spread_over_seeds_stands_in_table_and_forest(made: Runs) -> None:
-    main = analysis.headline(made.results).copy()
+    main = verdict.headline(made.results).copy()
     spread = {"n_seeds": 3, "mean": 0.5, "sd": 0.04, "min": 0.45, "max": 0.55}
     main["over_seeds"] = [spread if variant == "human" else None for variant in main["variant"]]
-    assert analysis.results_table(main).loc["human", "over seeds"] == "50.0 ± 4.0 % (3 seeds)"
-    assert analysis.results_table(main).loc["base", "over seeds"] == ""
+    assert verdict.results_table(main).loc["human", "over seeds"] == "50.0 ± 4.0 % (3 seeds)"
+    assert verdict.results_table(main).loc["base", "over seeds"] == ""
     base = main.set_index("variant").loc["base", "accuracy"]
     ends = [line.get_xdata() for line in figures.plot_forest(main, ax=Figure().subplots()).lines]
     assert any(
@@ -348,8 +384,8 @@ def test_a_run_without_its_texts_is_counted_and_not_read(tmp_path: Path) -> None
     for path in run.glob("evals/*/*.parquet"):
         pd.read_parquet(path).assign(question="", completion="").to_parquet(path, index=False)
     runs = load_runs([run])
-    answers = analysis.first_set(runs.evals, runs.results)
-    assert len(analysis.pairwise(answers)) == 1 and analysis.with_texts(answers).empty
+    answers = verdict.first_set(runs.evals, runs.results)
+    assert len(verdict.pairwise(answers)) == 1 and analysis.with_texts(answers).empty
     shares = outcome_shares(with_outcomes(analysis.with_features(analysis.with_texts(answers))))
     assert shares.empty and analysis.collapse_sentences(shares) == []
 
@@ -379,13 +415,11 @@ def test_students_that_solve_nothing() -> None:
 
 def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> None:
     for runs in (empty, published):
-        main = analysis.headline(runs.results)
-        answers = with_outcomes(
-            analysis.with_features(analysis.first_set(runs.evals, runs.results))
-        )
+        main = verdict.headline(runs.results)
+        answers = with_outcomes(analysis.with_features(verdict.first_set(runs.evals, runs.results)))
         texts = analysis.with_features(runs.rationales)
         shares = outcome_shares(answers)
-        assert analysis.ranking_sentences(analysis.pairwise(answers)) == []
+        assert verdict.ranking_sentences(verdict.pairwise(answers)) == []
         assert (
             analysis.teacher_sentences(texts) == []
             and analysis.teacher_table(texts, runs.training).empty
@@ -403,8 +437,9 @@ def test_without_data_every_question_says_so(empty: Runs, published: Runs) -> No
             and analysis.other_sets(runs.results).empty
         )
         assert solved_table(answers).empty and analysis.style_table(answers, texts).empty
-        assert "Not run: no answers" in drawn(figures.plot_outcomes, shares, "no answers").data
-    assert analysis.gain_sentences(analysis.headline(empty.results)) == []
+        assert "Not run: no answers" in say([], "no answers").data
+        assert draw(figures.plot_outcomes, shares) is None and say([]) is None
+    assert verdict.gain_sentences(verdict.headline(empty.results)) == []
 
 
 def test_one_colour_a_teacher() -> None:

@@ -19,18 +19,20 @@ from peft import LoraConfig, get_peft_model
 from tiny_student import make_student, make_study
 
 from cot_distill import eval as evaluation
-from cot_distill.analysis import results_table
 from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.core.errors import InputError
+from cot_distill.core.files import read_json, read_parquet
+from cot_distill.core.inputs import stage_state, student_of
 from cot_distill.core.journal import Journal
-from cot_distill.core.runs import RunFolder, read_json, read_parquet, stage_state
+from cot_distill.core.runs import RunFolder
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.eval import eval_tasks, journal_row, run_eval, task_prompts
 from cot_distill.grading import final_answer
 from cot_distill.reading.frames import load_runs
 from cot_distill.reading.results import write_results
+from cot_distill.reading.verdict import results_table
 from cot_distill.student.engines import TransformersEngine, close_engine, open_engine
-from cot_distill.student.model import load_student, load_tokenizer, student_of
+from cot_distill.student.model import load_student, load_tokenizer
 from cot_distill.student.slots import Completion
 
 COLUMNS = [
@@ -336,7 +338,7 @@ def test_a_lost_or_broken_table_is_made_again(folder: Path, run: RunFolder, scri
     assert stage_state(run.eval_dir("base"), "two-step") == "finished"
 
 
-def test_grades_that_were_changed_follow_again_from_the_answers(
+def test_a_table_that_was_changed_is_refused_and_scored_again(
     folder: Path, run: RunFolder, scripted: Any, capsys: pytest.CaptureFixture
 ) -> None:
     study = study_of(folder)
@@ -345,14 +347,10 @@ def test_grades_that_were_changed_follow_again_from_the_answers(
     path = run.eval_file("base", "two-step")
     whole = read_parquet(path)
     whole.assign(is_correct=True).to_parquet(path, index=False)
-    with pytest.raises(InputError, match="1 of 4 were right, now 4 of 4"):
+    with pytest.raises(InputError, match="two-step.parquet is damaged since it was scored"):
         write_results(study, run)
-    assert run_eval(study, "base", run)["two-step"]["n_correct"] == 1 and calls == [4]
-    assert "graded again" in capsys.readouterr().err
-    pd.testing.assert_frame_equal(read_parquet(path), whole)
-    whole.assign(completion="#### 1").to_parquet(path, index=False)
-    run_eval(study, "base", run)
-    assert calls == [4, 4], "answers that were changed are asked for again"
+    assert run_eval(study, "base", run)["two-step"]["n_correct"] == 1 and calls == [4, 4]
+    assert "is done again" in capsys.readouterr().err
     pd.testing.assert_frame_equal(read_parquet(path), whole)
 
 

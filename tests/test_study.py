@@ -15,7 +15,8 @@ from tiny_student import make_student
 
 from cot_distill.batch.run import compare_runs
 from cot_distill.core.config import StudyConfig, load_study, parse_study, to_toml
-from cot_distill.core.runs import RunFolder, open_run, read_json, read_parquet, write_json
+from cot_distill.core.files import read_json, read_parquet, write_json
+from cot_distill.core.runs import RunFolder, open_run
 from cot_distill.eval import run_eval
 from cot_distill.generate import run_generate
 from cot_distill.reading.results import write_results

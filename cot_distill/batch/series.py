@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ from pydantic import Field, ValidationError
 
 from cot_distill.core.config import (
     Part,
-    StudentConfig,
     StudyConfig,
     difference,
     is_path,
@@ -35,22 +33,29 @@ from cot_distill.core.config import (
     read_toml,
 )
 from ..core.errors import InputError, Interrupted, as_program
-from ..core.problems import eval_problems, study_problems
-from cot_distill.core.runs import (
-    RunFolder,
+from cot_distill.core.files import (
     atomic_path,
-    begin_stage,
     fingerprint,
-    finish_stage,
     locked,
-    open_run,
-    project_root,
     read_json,
     read_parquet,
-    recorded_stages,
+    write_json,
+)
+from cot_distill.core.inputs import (
+    begin_stage,
+    finish_stage,
+    stage_inputs,
     stage_marker,
     stage_state,
-    write_json,
+    student_identity,
+    student_of,
+)
+from ..core.problems import eval_problems
+from cot_distill.core.runs import (
+    RunFolder,
+    open_run,
+    project_root,
+    recorded_stages,
     write_run_json,
 )
 
@@ -239,13 +244,13 @@ def estimate_s(
 def row_inputs(
     study: StudyConfig,
     variant: str,  # a teacher's id, a repeat, or `base`
+    run: RunFolder,
 ) -> dict[str, Any]:  # JSON values
     "Everything that can change the numbers of one row"
-    from cot_distill.generate import generate_inputs
-    from cot_distill.student.model import student_of
-
     student = student_of(study)
-    known = student.model_dump(exclude={"device", "revision"}) | {"model": _identity(student)}
+    known = student.model_dump(exclude={"device", "revision"}) | {
+        "model": student_identity(student)
+    }
     sets = {
         s.name: fingerprint([[p.question, p.reference_answer] for p in eval_problems(study, s)])
         for s in study.eval_sets
@@ -261,18 +266,10 @@ def row_inputs(
     recipe = study.train.model_dump(exclude={"checkpoint_every", "checkpoints_kept", "merge"})
     teacher_id, seed = study.variant(variant)
     return scored | {
-        "taught": generate_inputs(study, teacher_id, study_problems(study)),
+        "taught": stage_inputs(study, "generate", teacher_id, run),
         "train": recipe,
         "seed": seed,
     }
-
-
-@lru_cache
-def _identity(student: StudentConfig) -> str:
-    "Which student this is; its file is read once a process"
-    from cot_distill.student.model import student_identity
-
-    return student_identity(student)
 
 # %% ../../nbs/batch/series.ipynb #5a064b2e
 def work_on(
@@ -294,7 +291,7 @@ def work_on(
         run_generate(study, study.variant(variant).teacher, run)
         close_engine()  # the last row's student need not lie beside the one in training
         run_train(study, variant, run)
-    begin_stage(run.eval_dir(variant), "row", row_inputs(study, variant))
+    begin_stage(run.eval_dir(variant), "row", row_inputs(study, variant, run))
     done = run_eval(study, variant, run)
     scores = {
         name: {"n": counts["n"], "n_correct": counts["n_correct"]} for name, counts in done.items()
@@ -369,11 +366,11 @@ def run_series(
 # %% ../../nbs/batch/series.ipynb #5d2318a6
 def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
     "Bring one row to its end; False when it was there"
-    run = _opened(out / row.study, study_of(series, row.study, data, out))
+    run = open_run(out / row.study, study_of(series, row.study, data, out))
     study = load_study(run.config_file)
     folder = run.eval_dir(row.variant)
     if (
-        begin_stage(folder, "row", row_inputs(study, row.variant)) != "done"
+        begin_stage(folder, "row", row_inputs(study, row.variant, run)) != "done"
         and row.variant == "base"
     ):
         _borrow(run, row.variant, out)
@@ -400,19 +397,6 @@ def _finish(series: Series, row: Row, data: str | Path, out: Path) -> bool:
                 flush=True,
             )
     return is_new
-
-# %% ../../nbs/batch/series.ipynb #d2ab3584
-def _opened(path: Path, study: StudyConfig) -> RunFolder:
-    "Open a run folder, wherever its data lay when it was made"
-    run = RunFolder(path)
-    if run.config_file.exists():
-        both = (load_study(run.config_file), study)
-        changes = difference(*(one.model_dump(exclude_none=True) for one in both))
-        if changes and all(
-            key.rpartition(".")[2] in ("source", "path", "model", "description") for key in changes
-        ):
-            run.config_file.unlink()
-    return open_run(path, study)
 
 # %% ../../nbs/batch/series.ipynb #18d80ca1
 def _borrow(run: RunFolder, variant: str, out: Path) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTCOME_COLORS', 'LABELS', 'plot_accuracy', 'plot_forest', 'plot_differences', 'plot_pairwise', 'plot_lengths',
-           'plot_gain_against', 'plot_pareto', 'plot_outcomes', 'plot_learning_curve']
+           'plot_gain_against', 'plot_pareto', 'plot_price', 'plot_outcomes', 'plot_learning_curve']
 
 # %% ../../nbs/reading/figures.ipynb #25b62340
 import math
@@ -286,6 +286,28 @@ def plot_pareto(
     ax.step(best[by], 100 * best["delta"], where="post", color="0.7", linewidth=1.5, zorder=0)
     _gain_points(ax, rows, by).set_xlabel(unit)
     return ax
+
+# %% ../../nbs/reading/figures.ipynb #5877717a
+def plot_price(
+    costs: pd.DataFrame,  # a row a teacher with a price: usd a point, and its interval
+    ax: "Axes | None" = None,
+) -> "Axes":
+    "Dollars a point of accuracy with their 95 % interval, cheapest first; an arrow has no end"
+    rows = costs[costs["usd"] > 0].sort_values(["usd a point", "usd a point low"])
+    ax = _axes(ax, len(rows))
+    known = rows[[f"usd a point{end}" for end in ("", " low", " high")]].replace(math.inf, np.nan)
+    edge = 1.5 * float(known.max().max()) if known.notna().any().any() else 1.0
+    for y, row in enumerate(rows.to_dict("records")):
+        low, high = row["usd a point low"], row["usd a point high"]
+        color = _color(row["variant"])
+        if math.isfinite(low):
+            ax.plot([low, min(high, edge)], [y, y], color=color, linewidth=2.5)
+            if not math.isfinite(high):
+                ax.plot(edge, y, ">", color=color, markersize=8, clip_on=False)
+        if math.isfinite(row["usd a point"]):
+            ax.plot(row["usd a point"], y, "o", color=color, markersize=8)
+    ax.set(xlim=(0, edge), xlabel=f"dollars a point (n = {rows['n'].iloc[0]:,}); left is cheaper")
+    return _tidy(ax, rows["variant"])
 
 # %% ../../nbs/reading/figures.ipynb #deb60158
 def plot_outcomes(

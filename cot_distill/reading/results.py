@@ -15,14 +15,9 @@ import pandas as pd
 
 from ..core.config import EvalConfig, EvalSetConfig, StudyConfig, Variant
 from ..core.errors import InputError
-from cot_distill.core.runs import (
-    RunFolder,
-    locked,
-    read_json,
-    stage_marker,
-    stage_state,
-    write_json,
-)
+from ..core.files import locked, read_json, write_json
+from ..core.inputs import stage_marker, stage_state
+from ..core.runs import RunFolder
 from cot_distill.core.stats import (
     holm,
     minimum_detectable_difference,

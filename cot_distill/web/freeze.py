@@ -13,13 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import analysis
 from ..asking.screening import NGRAMS, TestIndex
 from ..core.config import load_study, to_toml
 from ..core.errors import InputError
 from ..core.files import read_json, read_parquet, write_json
 from ..core.runs import RunFolder
-from ..reading import figures
+from ..reading import figures, verdict
 from ..reading.frames import load_runs
 from .run_pages import figure_svg, found_reports, is_stopped
 from .safety import refuse_to_publish
@@ -42,7 +41,7 @@ def _copy_data(
     kept = [run.run_json, run.results_json, *run.path.glob("students/*/training_log.json")]
     for path in [p for p in kept if p.exists()]:
         write_json(frozen.path / path.relative_to(run.path), _rounded(read_json(path)))
-    main = analysis.headline(load_runs([frozen.path]).results)
+    main = verdict.headline(load_runs([frozen.path]).results)
     if len(main):
         drawing = figure_svg(figures.plot_accuracy, main, ground="#ffffff")
         (frozen.path / "accuracy.svg").write_text(drawing, encoding="utf-8")

@@ -24,7 +24,7 @@ from ..core.files import atomic_path, read_json
 from ..core.plots import teacher_color
 from ..core.runs import RunFolder
 from ..grading import explain, is_letter
-from ..reading import figures
+from ..reading import figures, verdict
 from ..reading.frames import Runs, load_runs
 from ..reading.outcomes import outcome_shares, with_outcomes
 from ..reading.texts import MISTAKES
@@ -270,7 +270,7 @@ def problems_html(
 
 def _with_outcomes(runs: Runs) -> pd.DataFrame:
     "Answers of the first problem set, and what became of each"
-    answers = analysis.first_set(runs.evals, runs.results)
+    answers = verdict.first_set(runs.evals, runs.results)
     return with_outcomes(answers) if len(answers) else answers
 
 # %% ../../nbs/web/run_pages.ipynb #ca77f640
@@ -343,8 +343,8 @@ def index_html(
     "The first page of a run"
     from markupsafe import Markup
 
-    main, study = analysis.headline(runs.results), _study_name(run, runs)
-    sentences = analysis.gain_sentences(main) or ["No trained student was scored yet."]
+    main, study = verdict.headline(runs.results), _study_name(run, runs)
+    sentences = verdict.gain_sentences(main) or ["No trained student was scored yet."]
     stopped = [pair for pair, path in reports.items() if is_stopped(path)]
     tables = {"results": _results_html(main, INTERVALS)}
     tables["reports"] = reports_table(reports, main["variant"] if len(main) else (), stopped)
@@ -375,7 +375,7 @@ def _results_html(rows: pd.DataFrame, remark: str = "") -> str:
     if rows.empty:
         return ""
     caption = f"{rows['problem_set'].iloc[0]} problems" + (f", {remark}" if remark else "")
-    return table_html(analysis.results_table(rows), caption, dots=True)
+    return table_html(verdict.results_table(rows), caption, dots=True)
 
 
 def _study_name(run: RunFolder, runs: Runs) -> str:
@@ -387,7 +387,7 @@ def figures_html(
     runs: Runs,  # of one run
 ) -> list[str]:  # safe HTML; empty where a figure has no data
     "The figures of the index"
-    main, answers = analysis.headline(runs.results), _with_outcomes(runs)
+    main, answers = verdict.headline(runs.results), _with_outcomes(runs)
     shares = outcome_shares(answers) if len(answers) else pd.DataFrame()
     trained = main[main["delta"].notna()] if len(main) else main
     told = "; ".join(f"{r.variant} {percent(r.accuracy, r.low, r.high)}" for r in main.itertuples())

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import analysis
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.runs import RunFolder, project_root
+from ..reading import verdict
 from ..reading.frames import load_runs
 from ..reading.words import percent
 from .pages import asset
@@ -141,13 +141,13 @@ def study_page(
     entry: Entry,  # of the study
 ) -> str:  # a Quarto page
     "The overview of one published study"
-    main = analysis.headline(load_runs([run.path]).results)
+    main = verdict.headline(load_runs([run.path]).results)
     told = "; ".join(f"{r.variant} {percent(r.accuracy, r.low, r.high)}" for r in main.itertuples())
     figure = "![Right answers by student, with 95 % intervals](accuracy.svg)"
     figure += f'{{fig-alt="Right answers by student: {told}"}}'
     parts = [
-        " ".join(analysis.gain_sentences(main)),
-        raw_html(table_html(analysis.results_table(main), dots=True)),
+        " ".join(verdict.gain_sentences(main)),
+        raw_html(table_html(verdict.results_table(main), dots=True)),
         figure if (run.path / "accuracy.svg").exists() else "",
     ]
     return list_page(entry, parts, about(run.path)[1])
