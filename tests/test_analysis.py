@@ -271,7 +271,7 @@ def test_a_price_of_a_point_has_the_interval_of_the_gain(made: Runs) -> None:
     assert ends == pytest.approx([0.08, 0.05, 0.2])
     assert prices.points_a_dollar(row.to_dict()) == "+12.5 [+5, +20]"
     text = " ".join(prices.cost_sentences(costs))
-    assert ("$0.08 a point" not in text and "$0.08" in text) or "$0.080 a point" in text
+    assert "$0.08 a point, 95 % interval $0.05 to $0.20" in text
     assert "**human**: no price is stated" in text
     open_end = prices.cost_table(main.assign(delta_low=-0.01), known.assign(basis="list price"))
     assert "without an upper end" in " ".join(prices.cost_sentences(open_end))

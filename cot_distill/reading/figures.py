@@ -274,10 +274,10 @@ def plot_pareto(
     costs: pd.DataFrame,  # a row a trained student: usd, train_min, gain
     ax: "Axes | None" = None,
 ) -> "Axes":
-    "Gain against cost: dollars where any were spent, else training minutes; the best buys are joined"
+    "Gain against cost: dollars where all have a price, else minutes; the best buys are joined"
     by, unit = (
         ("usd", "teacher's price, US dollars")
-        if costs["usd"].max() > 0
+        if (costs["usd"] > 0).all()
         else ("train_min", "training time, minutes")
     )
     rows = costs.dropna(subset=[by]).sort_values([by, "delta"], ascending=[True, False])
