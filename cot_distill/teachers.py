@@ -282,7 +282,7 @@ class LocalTeacher(Teacher):
     async def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
-
+# %% ../nbs/00_teachers.ipynb #b2f9d9dc
 def _load_local(cfg: TeacherConfig, source: str) -> tuple[Any, Any]:
     "Model and tokenizer; raises `InputError` for settings that no model knows"
     from cot_distill.student.model import load_student

@@ -84,7 +84,7 @@ def mock(tmp_path) -> Iterator[Mock]:
 @pytest.fixture(autouse=True)
 def quick_and_keyed(monkeypatch):
     monkeypatch.setattr("cot_distill.asking.loop.backoff_s", lambda n: 0.01)
-    monkeypatch.setattr("cot_distill.asking.loop.POLL_S", 0.05)
+    monkeypatch.setattr("cot_distill.asking.batches.POLL_S", 0.05)
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
 
 

@@ -135,7 +135,7 @@ class BatchServer(FaultyServer):
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch):
-    monkeypatch.setattr("cot_distill.asking.loop.POLL_S", 0.02)
+    monkeypatch.setattr("cot_distill.asking.batches.POLL_S", 0.02)
 
 
 def study_of(server: FaultyServer, n: int = 10, **teacher):

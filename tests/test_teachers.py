@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cot_distill.asking.keys import read_key, redact
-from cot_distill.asking.loop import _columns, cost_usd
+from cot_distill.asking.loop import answer_columns, cost_usd
 from cot_distill.asking.recordings import export_recording
 from cot_distill.asking.replies import (
     Question,
@@ -536,7 +536,7 @@ def test_no_reply_can_break_the_run(data):
             "malformed",
             "thinking_only",
         }
-        columns = _columns(answer)
+        columns = answer_columns(answer)
         sqlite3.connect(":memory:").execute(
             f"SELECT {', '.join('?' * len(columns))}", tuple(columns.values())
         ).fetchone()

@@ -272,7 +272,7 @@ def _card_counts(summary: GenerateSummary) -> list[str]:
         *shared,
     ]
 
-
+# %% ../../nbs/asking/cards.ipynb #9b919e76
 def _card_prompt(how: GenerateConfig, note: str) -> list[str]:
     "The wording, where there is one"
     lines = [f"\nPrompt template (hash {prompt_hash(how)}){note}:", _fenced(how.prompt_template)]

@@ -86,7 +86,7 @@ def connect_generativeai(
 
     return (lambda question: guarded(lambda: ask(question))), (lambda: guarded(describe))
 
-
+# %% ../../nbs/asking/gemini.ipynb #07470f87
 def _google_error(err: Any) -> Answer:
     "A `google.api_core` error, read from its raw reply where there is one"
     reply = getattr(err, "response", None)
@@ -181,7 +181,7 @@ def connect_gemini(
 
     return ask, check
 
-
+# %% ../../nbs/asking/gemini.ipynb #190746dd
 def _verdict(answer: Answer, cfg: TeacherConfig, key_name: str, url: str) -> str:
     "What asking for a model came to; a server that does not say is taken on trust"
     if answer.status == "ok":
@@ -194,7 +194,7 @@ def _verdict(answer: Answer, cfg: TeacherConfig, key_name: str, url: str) -> str
         raise InputError(told)
     return f"warning: {url} does not say ({answer.error}); {cfg.model} is taken on trust"
 
-
+# %% ../../nbs/asking/gemini.ipynb #97f53bf9
 def call_in_thread(
     call: Callable[[], Answer],
 ) -> asyncio.Future:

@@ -51,7 +51,7 @@ def read_key(
 _KNOWN: dict[str, re.Pattern] = {}  # keys this process has read
 _WARNED: set[str] = set()
 
-
+# %% ../../nbs/asking/keys.ipynb #c8b5284c
 def _any_spelling(key: str) -> re.Pattern:
     "A key as JSON may write it: plain, escaped, or escaped again inside another text"
     return re.compile("".join(rf"\\*(?:{re.escape(c)}|(?i:u00{ord(c):02x}))" for c in key))
@@ -115,7 +115,7 @@ def check_address(
         )
     return url
 
-
+# %% ../../nbs/asking/keys.ipynb #df471835
 def check_destination(
     key_name: str,  # environment variable the key comes from
     base_url: str,  # where it would be sent

@@ -16,7 +16,7 @@ from .replies import Question, read_body
 from ..core.config import StudyConfig
 from ..core.errors import InputError, printable
 from ..core.files import atomic_path
-from ..core.problems import Problem, study_problems
+from ..core.problems import study_problems
 from ..core.runs import RunFolder
 
 # %% ../../nbs/asking/recordings.ipynb #38cf2849

@@ -104,7 +104,7 @@ def read_openai_body(
         return Answer("thinking_only" if finish != "length" else "truncated", error=told, **facts)
     return _text_answer(text or "", cut=finish == "length", facts=facts)
 
-
+# %% ../../nbs/asking/replies.ipynb #a1a5c42f
 _NOT_THAT = (
     ValueError,
     LookupError,
@@ -147,15 +147,9 @@ def _text_answer(text: str, cut: bool, facts: Mapping[str, Any]) -> Answer:
     return Answer("ok", text, **facts)
 
 # %% ../../nbs/asking/replies.ipynb #f02e68d2
-GEMINI_BLOCKS = {
-    "SAFETY",
-    "RECITATION",
-    "BLOCKLIST",
-    "PROHIBITED_CONTENT",
-    "SPII",
-    "LANGUAGE",
-    "IMAGE_SAFETY",
-}
+GEMINI_BLOCKS = frozenset(
+    "SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII LANGUAGE IMAGE_SAFETY".split()
+)
 
 
 def read_gemini_body(
@@ -317,7 +311,7 @@ SETTING_WORDS = re.compile(
     re.I,
 )
 
-
+# %% ../../nbs/asking/replies.ipynb #df04be36
 def read_error(
     http_status: int,
     body: str,  # raw body, JSON or not
@@ -357,7 +351,7 @@ def _error_status(http_status: int, body: str) -> str:
         return "bad_request"
     return "turned_away"
 
-
+# %% ../../nbs/asking/replies.ipynb #76649c11
 def _message(body: str) -> str:
     "The sentence inside an error body, or the beginning of the body"
     try:

@@ -9,7 +9,6 @@ __all__ = ['MARKUP', 'NGRAMS', 'FROM_TEMPLATES', 'markup_in', 'words_of', 'ngram
 # %% ../../nbs/asking/screening.ipynb #9873bd6d
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +135,7 @@ def eval_index(
         )
     return index
 
-
+# %% ../../nbs/asking/screening.ipynb #eb31eab8
 def screen(
     rows: Sequence[dict[str, Any]],  # with question, completion, kept and drop_reason; changed
     index: TestIndex,  # of the study's evaluation questions
