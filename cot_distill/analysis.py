@@ -17,7 +17,6 @@ from .core.stats import holm
 from .reading.frames import Runs
 from .reading.prices import dollars, points_a_dollar
 from .reading.texts import text_features
-from .reading.verdict import first_set, headline, results_table
 from .reading.words import p_text, percent, seeds_text
 
 # %% ../nbs/04_analysis.ipynb #4c0e82ed

@@ -1,8 +1,10 @@
 "Evaluation: nothing decoded twice, nothing mixed up, and results that say what the tables say"
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 import pytest
 import torch
@@ -665,3 +668,49 @@ def test_vllm_says_what_transformers_says(tmp_path: Path) -> None:
         n_flipped = sum(a != b for a, b in pairs)
         print(f"{variant}: vllm and transformers wrote other tokens for {n_flipped} of 12")
         assert n_flipped <= 1
+
+
+# ---------------------------------------------------------------- the chapter
+
+CHAPTER = Path(__file__).resolve().parents[1] / "nbs" / "03_eval.ipynb"
+
+
+def chapter_cells(lessons: bool) -> list[str]:
+    "Code of the chapter's lessons, or of what a batch executes of it"
+    cells = json.loads(CHAPTER.read_text(encoding="utf-8"))["cells"]
+    return [
+        "".join(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code"
+        and ("lesson" in cell["metadata"].get("tags", [])) is lessons
+        and not re.match(r"#\| (export|default_exp)", "".join(cell["source"]))
+    ]
+
+
+def test_without_its_lessons_the_chapter_scores_a_readers_own_problems(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(3)]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row) for row in problems))
+    own = EvalSetConfig(name="own", source=str(tmp_path / "own.jsonl"))
+    study = study_of(folder).model_copy(update={"eval_sets": [own], "name": "mine"})
+    (tmp_path / "mine.toml").write_text(to_toml(study, tmp_path))
+    monkeypatch.chdir(CHAPTER.parent)
+    matplotlib.use("Agg")
+    names: dict[str, Any] = {}
+    for source in chapter_cells(lessons=False):
+        exec(source, names)
+        if source.startswith("config ="):
+            names |= {"config": str(tmp_path / "mine.toml"), "run_dir": str(tmp_path / "run")}
+    results = read_json(tmp_path / "run" / "results.json")
+    assert (results["study"], results["problem_set"], results["n"]) == ("mine", "own", 3)
+
+
+def test_lessons_never_work_on_the_readers_study() -> None:
+    "Else an assertion of a lesson fails in somebody's report"
+    theirs = {"study", "run", "config", "teacher", "limit", "run_dir", "results", "scored"}
+    for source in chapter_cells(lessons=True):
+        if source.startswith('if study.name == "lesson"'):
+            continue
+        used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+        assert not used & theirs, source
