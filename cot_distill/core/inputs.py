@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED_STUDENTS', 'HUB_NAMES', 'settings_of', 'problems_fingerprint', 'problems_content', 'recording_path',
            'recording_hash', 'gguf_file', 'dtype_of', 'student_of', 'student_identity', 'adapter_fingerprint',
-           'rationales_fingerprint', 'stage_inputs', 'stage_marker', 'marker_of', 'stages_of', 'stage_state',
+           'rationales_fingerprint', 'stage_marker', 'marker_of', 'stages_of', 'stage_state', 'stage_inputs',
            'check_stage', 'begin_stage', 'finish_stage']
 
 # %% ../../nbs/core/inputs.ipynb #ed7a7520
@@ -206,6 +206,44 @@ def rationales_fingerprint(
         ) from None
     return fingerprint([[row[c] for c in columns[:-1]] for row in rows if row["kept"]])
 
+# %% ../../nbs/core/inputs.ipynb #ae742953
+def stage_marker(
+    folder: str | Path,
+    stage: str,
+) -> Path:  # `<folder>/<stage>.stage.json`
+    "Where a stage keeps its state"
+    return Path(folder) / f"{stage}.stage.json"
+
+
+def marker_of(
+    run: "RunFolder",
+    stage: str,  # `generate`, `train` or `eval`
+    variant: str,
+    eval_set: EvalSetConfig | None = None,  # for `eval`
+) -> Path:
+    "The marker of a stage in a run"
+    folder = {"generate": run.teacher_dir, "train": run.student_dir, "eval": run.eval_dir}[stage]
+    return stage_marker(folder(variant), eval_set.name if eval_set else stage)
+
+
+def stages_of(
+    study: StudyConfig,
+) -> Iterator[tuple[str, str, EvalSetConfig | None]]:  # arguments of `stage_inputs`
+    "Every stage of a study that leaves a marker"
+    yield from (("generate", teacher_id, None) for teacher_id in study.teachers)
+    yield from (("train", variant, None) for variant in study.variants())
+    for variant in ("base", *study.variants()):
+        yield from (("eval", variant, eval_set) for eval_set in study.eval_sets)
+
+
+def stage_state(
+    folder: str | Path,
+    stage: str,
+) -> Literal["missing", "running", "finished"]:
+    "What the marker of a stage says, without touching it"
+    marker = stage_marker(folder, stage)
+    return read_json(marker)["state"] if marker.exists() else "missing"
+
 # %% ../../nbs/core/inputs.ipynb #b543af9a
 def stage_inputs(
     study: StudyConfig,
@@ -327,44 +365,6 @@ def _eval_inputs(
         else None,
         "seed": seed if study.eval.temperature > 0 else None,
     }
-
-# %% ../../nbs/core/inputs.ipynb #ae742953
-def stage_marker(
-    folder: str | Path,
-    stage: str,
-) -> Path:  # `<folder>/<stage>.stage.json`
-    "Where a stage keeps its state"
-    return Path(folder) / f"{stage}.stage.json"
-
-
-def marker_of(
-    run: "RunFolder",
-    stage: str,  # `generate`, `train` or `eval`
-    variant: str,
-    eval_set: EvalSetConfig | None = None,  # for `eval`
-) -> Path:
-    "The marker of a stage in a run"
-    folder = {"generate": run.teacher_dir, "train": run.student_dir, "eval": run.eval_dir}[stage]
-    return stage_marker(folder(variant), eval_set.name if eval_set else stage)
-
-
-def stages_of(
-    study: StudyConfig,
-) -> Iterator[tuple[str, str, EvalSetConfig | None]]:  # arguments of `stage_inputs`
-    "Every stage of a study that leaves a marker"
-    yield from (("generate", teacher_id, None) for teacher_id in study.teachers)
-    yield from (("train", variant, None) for variant in study.variants())
-    for variant in ("base", *study.variants()):
-        yield from (("eval", variant, eval_set) for eval_set in study.eval_sets)
-
-
-def stage_state(
-    folder: str | Path,
-    stage: str,
-) -> Literal["missing", "running", "finished"]:
-    "What the marker of a stage says, without touching it"
-    marker = stage_marker(folder, stage)
-    return read_json(marker)["state"] if marker.exists() else "missing"
 
 # %% ../../nbs/core/inputs.ipynb #e048f399
 def check_stage(
