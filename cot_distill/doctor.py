@@ -259,7 +259,7 @@ def check_problems(
     study: StudyConfig,
 ) -> list[Finding]:
     "Whether every problem set can be read and graded"
-    from cot_distill.core.problems import load_problems
+    from cot_distill.core.problems import problems_of
     from cot_distill.grading import is_correct
 
     findings = []
@@ -267,8 +267,7 @@ def check_problems(
     for what, part in sets.items():
         found = f"{part.source}, {part.split}"
         try:
-            source = study.source(part.source)
-            problems = load_problems(source, part.split, part.limit, part.offset)
+            problems = problems_of(study, part)
         except InputError as err:
             findings.append(Finding(what, "fail", found, str(err)))
             continue

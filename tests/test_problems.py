@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError
-from cot_distill.core.problems import load_problems, parse_rows, split_solution
+from cot_distill.core.problems import load_problems, parse_rows, split_solution, study_problems
 
 GOOD = {"question": "2 + 3?", "answer": "so 5\n#### 5"}
 
@@ -31,6 +32,8 @@ def write(path: Path, *rows: object) -> Path:
         ({"problem": "q", "target": 7}, "7", None),
         ({"question": "q", "reference_answer": "8", "solution": "it is 8"}, "8", "it is 8"),
         ({"question": "q", "answer": 0}, "0", None),
+        ({"prompt": "q", "label": "9"}, "9", None),
+        ({"input": "q", "output": "so 9\n#### 9"}, "9", "so 9\n#### 9"),
     ],
 )
 def test_rows_in_the_forms_that_data_sets_use(row: dict, answer: str, solution: str | None):
@@ -92,6 +95,25 @@ def test_bad_rows_are_set_aside_with_line_and_reason(tmp_path: Path, capsys: pyt
     assert "no question" in rows[0]["reason"] and "no answer" in rows[1]["reason"]
     assert "same question as row 1" in rows[-1]["reason"]
     assert "2 problems, 8 rows set aside" in capsys.readouterr().err
+
+
+def test_columns_of_any_name_are_read_once_they_are_named(tmp_path: Path):
+    path = write(tmp_path / "p.jsonl", {"Frage": "2 + 3?", "loesung": "5", "answer": "no"})
+    says = r'there are: frage, loesung, answer\); say which: columns = \{ question = "..." \}'
+    with pytest.raises(InputError, match=says):
+        load_problems(str(path))
+    named = {"question": "frage", "answer": "Loesung"}
+    (problem,) = load_problems(str(path), columns=named)
+    assert (problem.question, problem.reference_answer) == ("2 + 3?", "5")
+    study = {
+        "name": "own",
+        "problems": {"source": str(path), "columns": named},
+        "eval_sets": [{"name": "own", "source": str(path), "columns": named}],
+        "teachers": {"human": {"provider": "human"}},
+    }
+    assert study_problems(parse_study(study)) == [problem]
+    with pytest.raises(InputError, match="problems.columns"):
+        parse_study(study | {"problems": {"source": str(path), "columns": {"frage": "x"}}})
 
 
 def test_ids_do_not_shift_with_limit_and_offset(tmp_path: Path):

@@ -57,6 +57,9 @@ class ProblemsConfig(Part):
     split: str = "train"
     limit: int | None = Field(None, ge=1)  # first so many problems; None is all
     offset: int = Field(0, ge=0)  # problems skipped before the first
+    columns: dict[Literal["question", "answer", "solution"], str] = Field(
+        default_factory=dict
+    )  # what the source calls them, such as { question = "prompt", answer = "label" }
 
 # %% ../../nbs/core/config.ipynb #a38291a3
 class EvalSetConfig(ProblemsConfig):

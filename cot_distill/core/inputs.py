@@ -74,13 +74,16 @@ def problems_content(
     limit = min((n for n in (first, part.limit) if n), default=None)
     path = Path(source)
     state = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
-    return dict(_content(source, part.split, limit, part.offset, state))
+    columns = tuple(sorted(part.columns.items()))
+    return dict(_content(source, part.split, limit, part.offset, columns, state))
 
 
 @lru_cache(maxsize=64)
-def _content(source: str, split: str, limit: int | None, offset: int, state: Any) -> dict[str, Any]:
+def _content(
+    source: str, split: str, limit: int | None, offset: int, columns: tuple, state: Any
+) -> dict[str, Any]:
     "Read once for every state of the file"
-    problems, _ = read_problems(source, split, limit, offset)
+    problems, _ = read_problems(source, split, limit, offset, dict(columns))
     return {"n": len(problems), "content": problems_fingerprint(problems)}
 
 # %% ../../nbs/core/inputs.ipynb #0feef7c7

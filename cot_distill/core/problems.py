@@ -6,7 +6,7 @@
 __all__ = ['QUESTION_KEYS', 'ANSWER_KEYS', 'LETTERS', 'NAMES', 'THINGS', 'TEMPLATES', 'OPERATIONS', 'HUB_SOURCES', 'HUB_NAME',
            'DEFAULT_SIZE', 'Problem', 'split_solution', 'Quarantined', 'row_problem', 'choice_problem', 'parse_rows',
            'file_rows', 'two_step_problem', 'two_step_rows', 'gsm_symbolic_rows', 'is_hub', 'hub_rows', 'source_rows',
-           'read_problems', 'load_problems', 'study_problems', 'eval_problems']
+           'read_problems', 'load_problems', 'study_problems', 'eval_problems', 'problems_of']
 
 # %% ../../nbs/core/problems.ipynb #d0ff3620
 import hashlib
@@ -15,12 +15,13 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from .config import EvalSetConfig, StudyConfig, is_path
+from .config import EvalSetConfig, ProblemsConfig, StudyConfig, is_path
 from .errors import InputError
 
 # %% ../../nbs/core/problems.ipynb #eb3afd9e
@@ -35,7 +36,7 @@ class Problem:
 
 # %% ../../nbs/core/problems.ipynb #776e8f06
 QUESTION_KEYS = ("question", "problem", "prompt", "input")
-ANSWER_KEYS = ("reference_answer", "answer", "gold", "target", "label", "answerkey")
+ANSWER_KEYS = ("reference_answer", "answer", "gold", "target", "label", "output", "answerkey")
 
 
 def split_solution(
@@ -60,14 +61,17 @@ class Quarantined:
 def row_problem(
     row: Any,  # one parsed row
     problem_id: str,
+    columns: Mapping[str, str] = MappingProxyType({}),  # question, answer, solution -> its column
 ) -> Problem:  # raises `ValueError` with the reason when the row cannot be used
     "One row of a data set as a `Problem`"
     if not isinstance(row, dict):
         raise ValueError(f"not a table row but {type(row).__name__}")
     row = {str(key).lower(): value for key, value in row.items()}
-    question, answer = _first(row, QUESTION_KEYS), _first(row, ANSWER_KEYS)
+    row |= {name: row.get(column.lower()) for name, column in columns.items()}
+    question = _first(row, ["question"] if "question" in columns else QUESTION_KEYS)
+    answer = _first(row, ["answer"] if "answer" in columns else ANSWER_KEYS)
     if not question:
-        raise ValueError(f"no question: none of the columns {', '.join(QUESTION_KEYS)} holds text")
+        raise ValueError(f"no question: {_which(row, QUESTION_KEYS, 'question')}")
     question = " ".join(
         filter(None, [_first(row, ("body",)), question])
     )  # SVAMP's story stands apart
@@ -75,10 +79,18 @@ def row_problem(
         return choice_problem(problem_id, question, choices, answer)
     final, solution = split_solution(answer)
     if not final:
-        raise ValueError(
-            f"no answer: none of the columns {', '.join(ANSWER_KEYS)} holds one, or nothing follows ####"
-        )
+        nothing = "nothing follows ####" if "####" in answer else ""
+        raise ValueError(f"no answer: {nothing or _which(row, ANSWER_KEYS, 'answer')}")
     return Problem(problem_id, question, final, solution or _first(row, ("solution",)) or None)
+
+
+def _which(row: dict, known: Iterable[str], what: str) -> str:
+    "Which columns were looked for, which there are, and how to say which it is"
+    have = ", ".join(map(str, row))
+    return (
+        f"none of the columns {', '.join(known)} holds text (there are: {have[:200] or 'none'}); "
+        f'say which: columns = {{ {what} = "..." }}'
+    )
 
 
 def _first(row: dict, keys: Iterable[str]) -> str:
@@ -112,6 +124,7 @@ def choice_problem(
 def parse_rows(
     rows: Iterable[Any],  # parsed rows; an `Exception` stands for a row that did not parse
     id_prefix: str,  # of the problem ids
+    columns: Mapping[str, str] = MappingProxyType({}),  # question, answer, solution -> its column
 ) -> tuple[list[Problem], list[Quarantined]]:  # (usable problems, rows set aside)
     "Turn rows into problems; nothing disappears without a reason"
     problems, quarantined, seen = [], [], {}
@@ -119,7 +132,7 @@ def parse_rows(
         try:
             if isinstance(row, Exception):
                 raise ValueError(f"not readable: {row}")
-            problem = row_problem(row, f"{id_prefix}-{i:05d}")
+            problem = row_problem(row, f"{id_prefix}-{i:05d}", columns)
             if (key := " ".join(problem.question.split())) in seen:
                 raise ValueError(f"same question as row {seen[key]}")
             seen[key] = i + 1
@@ -392,12 +405,13 @@ def read_problems(
     split: str = "train",
     limit: int | None = None,  # the first so many; None is all
     offset: int = 0,  # problems skipped before the first
+    columns: Mapping[str, str] = MappingProxyType({}),  # question, answer, solution -> its column
 ) -> tuple[
     list[Problem], list[Quarantined]
 ]:  # in the source's order; rows set aside, of the whole source
     "Problems of a source; raises `InputError` when it has none that can be used"
     rows, id_prefix = source_rows(source, split, offset + limit if limit else DEFAULT_SIZE)
-    problems, quarantined = parse_rows(rows, id_prefix)
+    problems, quarantined = parse_rows(rows, id_prefix, columns)
     if not problems:
         first = quarantined[0].reason if quarantined else "it is empty"
         raise InputError(f"no usable problem in {source} ({split}): {first}")
@@ -410,9 +424,10 @@ def load_problems(
     limit: int | None = None,  # the first so many; None is all
     offset: int = 0,  # problems skipped before the first
     quarantine: Path | None = None,  # JSONL file for rows that cannot be used
+    columns: Mapping[str, str] = MappingProxyType({}),  # question, answer, solution -> its column
 ) -> list[Problem]:  # in the source's order
     "Problems of a source, and a word on what was set aside; raises `InputError` when it has none"
-    problems, quarantined = read_problems(source, split, limit, offset)
+    problems, quarantined = read_problems(source, split, limit, offset, columns)
     if quarantined:
         _report_quarantine(source, quarantined, len(problems), quarantine)
     return problems
@@ -440,8 +455,7 @@ def study_problems(
     quarantine: Path | None = None,  # JSONL file for rows that cannot be used
 ) -> list[Problem]:  # what the teachers explain
     "The training problems of a study"
-    part = study.problems
-    return load_problems(study.source(part.source), part.split, part.limit, part.offset, quarantine)
+    return problems_of(study, study.problems, quarantine)
 
 
 def eval_problems(
@@ -449,6 +463,14 @@ def eval_problems(
     eval_set: EvalSetConfig,  # one of `study.eval_sets`
 ) -> list[Problem]:  # what the students are scored on
     "The problems of one evaluation set"
-    return load_problems(
-        study.source(eval_set.source), eval_set.split, eval_set.limit, eval_set.offset
-    )
+    return problems_of(study, eval_set)
+
+
+def problems_of(
+    study: StudyConfig,
+    part: ProblemsConfig,  # of this study
+    quarantine: Path | None = None,
+) -> list[Problem]:
+    "The problems of a part of a study"
+    where = (study.source(part.source), part.split, part.limit, part.offset)
+    return load_problems(*where, quarantine, part.columns)
