@@ -58,8 +58,8 @@ from cot_distill.student.trainer import (
     Diverged,
     LoraTrainer,
     Watch,
-    heeding_signals,
     make_trainer,
+    stop_on_signals,
     training_arguments,
 )
 
@@ -161,6 +161,7 @@ def _train(
     examples: list[Example],
     args: "TrainingArguments",
     sizes: Sizes,
+    plan: Plan,
 ) -> tuple["PeftModel", dict[str, Any]]:
     "Train one student; returns it with the log of its steps"
     peak = PeakMemory(device_of(study.student))
@@ -168,7 +169,9 @@ def _train(
     seed = study.variant(variant).seed
     model = add_lora(model, study.train, seed)
     _check_counts(model, sizes)
-    trainer = make_trainer(model, examples, args, study.train, seed, tokenizer.pad_token_id)
+    trainer = make_trainer(
+        model, examples, args, study.train, seed, tokenizer.pad_token_id, plan.examples_per_pass
+    )
     known = [
         examples[i] for step in training_order(examples, study.train, study.seed) for i in step
     ][: min(64, len(examples))]
@@ -209,7 +212,7 @@ def _fit(trainer: LoraTrainer, watch: Watch, checkpoint: Path | None) -> None:
     "Run the training loop; whatever stops it, the last good step is saved"
     trainer.add_callback(watch)
     try:
-        with heeding_signals(watch):
+        with stop_on_signals(watch):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Diverged as err:
         step = trainer.state.global_step
@@ -264,7 +267,7 @@ def run_train(
             _say(args, _announce(variant, counts, plan, student))
             if warning := warn_of_few_steps(len(examples), cfg):
                 _say(args, warning)
-            model, facts = _train(study, variant, run, examples, args, sizes)
+            model, facts = _train(study, variant, run, examples, args, sizes, plan)
             log = _log(study, variant, examples, counts, plan) | facts
             if args.should_save:
                 _keep(study, variant, run, model, log)

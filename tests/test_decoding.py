@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from cot_distill.core.config import StudentConfig
 from cot_distill.core.errors import InputError
 from cot_distill.core.problems import load_problems
+from cot_distill.student import slots
 from cot_distill.student.engines import bytes_a_slot, decode, lay_out, slots_that_fit
 from cot_distill.student.lora import use_adapter
 from cot_distill.student.model import load_student
-from cot_distill.student.slots import Completion, DecodeTally, pick_tokens
+from cot_distill.student.slots import Completion, DecodeTally, SlotModel, pick_tokens
 from cot_distill.student.tokens import prompt_ids, stop_ids
 
 VOCABULARY = 211
@@ -107,6 +108,30 @@ def test_slots_by_themselves_fit_work_and_memory(model: Any, monkeypatch: Any) -
     assert slots_that_fit(model, many, [12] * len(many)) == 3
     free.available = 1
     assert slots_that_fit(model, prompts, [12] * 7) == 1
+
+
+def test_groups_of_slots_read_no_more_than_they_need(model: Any, monkeypatch: Any) -> None:
+    "Slots stay in order of length, so that a group of short ones does not read a long one's columns"
+    monkeypatch.setattr(slots, "GROUP", 4)
+    seen: list[list[int]] = []
+    views_of = SlotModel.views
+
+    def views(self: SlotModel, requests: list[Any]) -> Any:
+        groups = views_of(self, requests)
+        assert all(
+            n >= r.length for begin, end, n in groups for r in requests[begin:end]
+        ) and groups[-1][1] == len(requests)
+        seen.append([n for *_, n in groups])
+        return groups
+
+    monkeypatch.setattr(SlotModel, "views", views)
+    prompts = random_prompts(30, seed=5)
+    completions = dict(decode(model, Numbers(), prompts, 40, slots=24, stop=STOP))
+    assert model.config._attn_implementation == "sdpa"
+    for i, prompt in enumerate(prompts):
+        assert completions[i].token_ids == generate_alone(model, prompt, 40, STOP)
+    read, all_as_longest = (sum(map(sum, seen)), sum(max(n) * len(n) for n in seen))
+    assert read < 0.95 * all_as_longest  # a third less or better where answers are long
 
 
 def test_end_of_turn_and_truncation(model: Any) -> None:

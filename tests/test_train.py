@@ -4,6 +4,7 @@ why"""
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,6 @@ from cot_distill.student.sizes import (
     memory_gb,
     parameter_counts,
     plan_training,
-    settings_that_fit,
     sizes_of,
 )
 from cot_distill.student.tokens import end_of_turn_id, prompt_ids
@@ -326,52 +326,48 @@ def test_counts_are_of_unpacked_weights(student, quantization):
         assert sum(p.numel() for p in model.parameters()) < sizes.n_total
 
 
-def test_too_little_memory_is_a_sentence_before_loading_and_what_it_proposes_works(
+def test_little_memory_means_smaller_passes_and_too_little_is_a_sentence_before_loading(
     start, monkeypatch
 ):
     import psutil
 
-    study, run = start(batch_size=4, gradient_accumulation=1)
+    study, run = start("whole", batch_size=4, gradient_accumulation=1)
+    whole = run_train(study, "human", run)
+    study, run = start("tight", batch_size=4, gradient_accumulation=1)
     examples, _ = read_examples(
         pd.read_parquet(run.rationales("human")), tokenizer_of(study), study.student, study.train
     )
     student, cfg = student_of(study), study.train
     sizes = sizes_of(AutoConfig.from_pretrained(student.model), cfg.lora_r)
-    needs = {
-        n: plan_training(
-            examples,
-            student,
-            cfg.model_copy(update={"batch_size": n, "gradient_accumulation": 4 // n}),
-            0,
-            sizes,
-        ).memory_gb
-        for n in (4, 2, 1)
-    }
+    needs = {n: plan_training(examples, student, cfg, 0, sizes, n).memory_gb for n in (4, 2, 1)}
     assert needs[4] > needs[2] > needs[1]
+    available = {"bytes": (needs[2] + 0.001) * 1e9}
     monkeypatch.setattr(
         psutil,
         "virtual_memory",
-        lambda: type("Memory", (), {"available": (needs[2] + 0.001) * 1e9, "total": 10**9}),
+        lambda: type("Memory", (), {"available": available["bytes"], "total": 10**9}),
     )
+    plan = check_machine(examples, student, cfg, 0, sizes, run.path)
+    assert (plan.examples_per_pass, plan.memory_gb) == (2, needs[2])
+    tight = run_train(study, "human", run)
+    assert tight["examples_per_pass"] == 2 and whole["examples_per_pass"] == 4
+    assert losses_of(tight) == pytest.approx(losses_of(whole), abs=1e-4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="set train.batch_size = 1"):
+        check_machine(examples, student, cfg, 0, sizes, run.path)
+    monkeypatch.delenv("WORLD_SIZE")
+    available["bytes"] = 10**8
     monkeypatch.setattr(
         "cot_distill.train.load_student", lambda *args: pytest.fail("the student was loaded")
     )
-    with pytest.raises(
-        InputError, match=r"set train.batch_size = 2, train.gradient_accumulation = 2$"
-    ):
+    study, run = start("none", batch_size=4, gradient_accumulation=1)
+    with pytest.raises(InputError, match="no setting makes this student fit"):
         run_train(study, "human", run)
     assert not run.adapter("human").exists()
-    obeyed = cfg.model_copy(update={"batch_size": 2, "gradient_accumulation": 2})
-    assert check_machine(examples, student, obeyed, 0, sizes, run.path).memory_gb == needs[2]
-    monkeypatch.setattr(
-        psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**8, "total": 10**9})
-    )
-    with pytest.raises(InputError, match="no setting makes this student fit"):
-        check_machine(examples, student, cfg, 0, sizes, run.path)
 
 
 @pytest.mark.parametrize("free_gb", [1, 2, 3, 4, 6, 10, 20, 40])
-def test_proposed_settings_fit_and_keep_the_examples_of_a_step(free_gb):
+def test_a_plan_fits_or_says_what_would(free_gb, monkeypatch, tmp_path):
     from transformers import Qwen2Config
 
     shape = {
@@ -383,30 +379,25 @@ def test_proposed_settings_fit_and_keep_the_examples_of_a_step(free_gb):
     }
     sizes = sizes_of(Qwen2Config(vocab_size=151_936, tie_word_embeddings=True, **shape), lora_r=64)
     examples = [Example(f"p{i}#0", (1,) * 100, (2,) * (20 * i + 1)) for i in range(40)]
-    student, cfg = StudentConfig(device="cuda"), TrainConfig(batch_size=6, gradient_accumulation=2)
-    if plan_training(examples, student, cfg, 0, sizes).memory_gb <= free_gb:
-        assert settings_that_fit(examples, student, cfg, sizes, free_gb) == {}
-        return
-    settings = settings_that_fit(examples, student, cfg, sizes, free_gb)
-    if not settings:
-        nf4 = student.model_copy(update={"quantization": "nf4"})
-        assert memory_gb(sizes, nf4, examples[0].n_tokens, len(examples[0].completion)) > free_gb
-        return
-    changed = {
-        part: {k.split(".")[1]: v for k, v in settings.items() if k.startswith(part)}
-        for part in ("student", "train")
-    }
-    student, cfg = (
-        student.model_copy(update=changed["student"]),
-        cfg.model_copy(update=changed["train"]),
+    student = StudentConfig(device="cpu", dtype="bfloat16")
+    cfg = TrainConfig(batch_size=6, gradient_accumulation=2)
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: type("Memory", (), {"available": free_gb * 1e9})
     )
-    assert cfg.batch_size * cfg.gradient_accumulation == 12
-    assert (
-        plan_training(
-            [e for e in examples if e.n_tokens <= cfg.max_length], student, cfg, 0, sizes
-        ).memory_gb
-        <= free_gb
-    )
+    try:
+        plan = check_machine(examples, student, cfg, 0, sizes, tmp_path)
+    except InputError as err:
+        said = dict(re.findall(r"([a-z_]+) = '?(\w+)'?", str(err)))
+        if not said:
+            nf4 = student.model_copy(update={"quantization": "nf4"})
+            least = memory_gb(sizes, nf4, examples[0].n_tokens, len(examples[0].completion))
+            assert least > free_gb and "no setting" in str(err)
+            return
+        student = student.model_copy(update={"quantization": said.get("quantization", "none")})
+        cfg = cfg.model_copy(update={"batch_size": 1, "max_length": int(said["max_length"])})
+        examples = [e for e in examples if e.n_tokens <= cfg.max_length]
+        plan = check_machine(examples, student, cfg, 0, sizes, tmp_path)
+    assert plan.memory_gb <= free_gb
 
 
 def test_no_disk_is_a_sentence_before_loading(start, monkeypatch):

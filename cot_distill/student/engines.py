@@ -37,6 +37,7 @@ from cot_distill.student.slots import (
     SlotCache,
     SlotDecoder,
     SlotModel,
+    attend_by_slots,
     completion_of,
 )
 from .tokens import stop_ids
@@ -201,8 +202,9 @@ def decode(
     requests.sort(key=lambda r: len(r.prompt), reverse=True)
     if not requests:
         return
-    for request in run_workers(model, requests, choice, slots, tally or DecodeTally()):
-        yield request.index, completion_of(request.tokens, choice.stop, tokenizer)
+    with attend_by_slots(model):
+        for request in run_workers(model, requests, choice, slots, tally or DecodeTally()):
+            yield request.index, completion_of(request.tokens, choice.stop, tokenizer)
 
 # %% ../../nbs/student/engines.ipynb #032872db
 def _generator(seed: int | Sequence[int], index: int) -> np.random.Generator:
