@@ -454,6 +454,8 @@ def test_throughput_beside_the_limit(tmp_path):
         study = make_study(server.url, n=60, teacher={"rpm": 1200, "tpm": 10**6})
         run_generate(study, "t", run)
     table = throughput(study, "t", run)
+    card = (run.teacher_dir("t") / "README.md").read_text()
+    assert re.search(r"\| asked \| [0-9,]+ requests a minute \(\d+% of the limit\), ", card), card
     assert 0.5 < table.loc["requests", "share"] <= 1.5 and table.loc["requests", "limit"] == 1200
     assert table.loc["tokens", "a minute"] == pytest.approx(84 * table.loc["requests", "a minute"])
 
