@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from .core.stats import holm
+from .reading.format import text_features
 from .reading.frames import Runs
 from .reading.prices import dollars, points_a_dollar
-from .reading.texts import text_features
 from .reading.words import p_text, percent, seeds_text
 
 # %% ../nbs/04_analysis.ipynb #4c0e82ed

@@ -24,9 +24,16 @@ from cot_distill.core.plots import teacher_color
 from cot_distill.core.problems import load_problems
 from cot_distill.core.stats import holm, paired_difference
 from cot_distill.reading import figures, prices, verdict
+from cot_distill.reading.format import equations, text_features, value_of
 from cot_distill.reading.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
-from cot_distill.reading.outcomes import lost_table, outcome_shares, solved_table, with_outcomes
-from cot_distill.reading.texts import MISTAKES, equations, mistake, text_features, value_of
+from cot_distill.reading.mistakes import (
+    MISTAKES,
+    lost_table,
+    mistake,
+    outcome_shares,
+    solved_table,
+    with_outcomes,
+)
 from cot_distill.reading.words import draw, percent, say
 
 matplotlib.use("Agg")

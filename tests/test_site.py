@@ -54,7 +54,7 @@ def executed(title: str) -> nbformat.NotebookNode:
             f"# {title}\n"
             "> One line\n\n"
             "## First\n"
-            "On to [scores](03_eval.ipynb), [texts](reading/texts.ipynb).\n\n"
+            "On to [scores](03_eval.ipynb), [texts](reading/format.ipynb).\n\n"
             "## Second\n"
             "<script>window.broken = 1</script>"
         ),
@@ -866,7 +866,7 @@ def test_studies_that_belong_together_have_a_page(staged: Path) -> None:
     )
     assert links == [
         "03_eval-human.ipynb",
-        "../../../nbs/reading/texts.ipynb",
+        "../../../nbs/reading/format.ipynb",
     ]  # the same teacher's next page; the chapter
 
 

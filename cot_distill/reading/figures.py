@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.plots import teacher_color
-from .texts import MISTAKES
+from .mistakes import MISTAKES
 from .words import p_phrase
 
 if TYPE_CHECKING:

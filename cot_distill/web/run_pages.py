@@ -26,8 +26,7 @@ from ..core.runs import RunFolder
 from ..grading import explain, is_letter
 from ..reading import figures, verdict
 from ..reading.frames import Runs, load_runs
-from ..reading.outcomes import outcome_shares, with_outcomes
-from ..reading.texts import MISTAKES
+from ..reading.mistakes import MISTAKES, outcome_shares, with_outcomes
 from ..reading.words import percent
 from .pages import Link, fragment, markdown_html, notebook_html, page
 
@@ -261,7 +260,7 @@ def problems_html(
         template="problems.html.j2",
         home=Link(study, "index.html"),
         links=links,
-        footer="Mistakes are named by rules, not by a model: see the chapter on texts.",
+        footer="Mistakes are named by rules, not by a model: see the chapter on mistakes.",
         parts=parts,
         variants=list(tested["variant"].unique()) if len(tested) else [],
         outcomes=["right", "wrong", *(mistake for mistake in MISTAKES if mistake in seen)],
