@@ -45,7 +45,8 @@ def results_table(
         for row in results.reindex(columns=[*results.columns.union(["over_seeds"])]).itertuples()
     ]
     table = pd.DataFrame(rows).set_index("student") if rows else pd.DataFrame()
-    return table.dropna(axis="columns", how="all").fillna({"over seeds": ""})
+    told = [name for name, column in table.items() if (column.notna() & (column != "")).any()]
+    return table[told].fillna({"over seeds": ""})
 
 # %% ../../nbs/reading/verdict.ipynb #f02ece2a
 def gain_sentences(
