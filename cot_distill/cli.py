@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODES', 'app', 'Config', 'Teachers', 'Limit', 'RunDir', 'Overrides', 'AsJson', 'comma_list', 'parse_overrides', 'run',
-           'generate', 'train', 'evaluate', 'analyze', 'init', 'quote', 'doctor', 'diff', 'freeze', 'site', 'main']
+           'generate', 'train', 'evaluate', 'analyze', 'init', 'quote', 'doctor', 'diff', 'merge', 'freeze', 'site',
+           'main']
 
 # %% ../nbs/cli.ipynb #32a1e32f
 import json
@@ -97,7 +98,26 @@ def parse_overrides(
 # %% ../nbs/cli.ipynb #10a2c080
 @app.command()
 def run(
-    config: Config,
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="The TOML file of a study or a series, such as configs/demo.toml.",
+            show_default=False,
+            metavar="FILE",
+        ),
+    ],
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Only these studies or rows, such as gate,half/human; of a study its students.",
+            metavar="A,B",
+            show_default="all",
+        ),
+    ] = "",
+    list_rows: Annotated[
+        bool,
+        typer.Option("--list", help="Show every row: its result, or how long it should take."),
+    ] = False,
     teachers: Teachers = "",
     stages: Annotated[
         str,
@@ -109,6 +129,14 @@ def run(
     ] = "",
     limit: Limit = None,
     run_dir: RunDir = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that {data} stands for in a series, such as /data.",
+            metavar="FOLDER",
+            show_default="COT_DISTILL_DATA, else shared/data beside the checkout",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -122,10 +150,11 @@ def run(
     executor: Annotated[
         str,
         typer.Option(
-            help="local: processes of this machine; ray: a Ray cluster, such as --executor ray --address auto.",
-            metavar="local|ray",
+            help="papermill: processes of this machine; inline: this process, without Jupyter; "
+            "ray: a cluster.",
+            metavar="papermill|inline|ray",
         ),
-    ] = "local",
+    ] = "papermill",
     address: Annotated[
         str | None,
         typer.Option(
@@ -137,50 +166,107 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Show the plan with its cost and time; run nothing, write nothing."
+            "--dry-run",
+            help="Show the plan with its cost and time, and what stands in its way; write nothing.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a study: every notebook under papermill, per teacher, and the pages that show what came out.
+    """Run a study or a series: teach, train and score every student, and make the pages.
 
     A second call does only what is missing. Ctrl-C saves what is finished. More machines, rented ones: see the chapter "Cluster".
 
     Example: [bold]cot-distill run configs/demo.toml[/]
 
-    Example: [bold]cot-distill run configs/gsm8k.toml --teachers deepseek,human --dry-run[/]
+    Example: [bold]cot-distill run configs/gsm8k.toml --teachers deepseek,human --dry-run --json[/]
 
-    Example: [bold]cot-distill run configs/gsm8k.toml --stages eval,analyze,site --json[/]
+    Example: [bold]cot-distill run configs/half.toml --list[/]
 
-    Example: [bold]cot-distill run configs/gsm8k.toml --executor ray --address auto[/]
+    Example: [bold]cot-distill run configs/half.toml --only gate,half/human --executor inline[/]
     """
-    if executor not in ("local", "ray"):
-        raise InputError(f"--executor is local or ray: got {executor!r}")
-    from rich.console import Console
+    if executor not in ("papermill", "inline", "ray"):
+        raise InputError(f"--executor is papermill, inline or ray: got {executor!r}")
+    changes = parse_overrides(overrides)
+    if list_rows:
+        _list_rows(config, data, run_dir, limit, changes, comma_list(only) or [], as_json)
+        return
+    from cot_distill.batch.run import batch_summary, error_console, prepare_batch, run_prepared
 
-    from cot_distill.batch.run import batch_summary, prepare_batch, run_prepared
-
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     batch = prepare_batch(
         config,
-        comma_list(teachers),
-        comma_list(stages),
+        comma_list(teachers) or (),
+        comma_list(stages) or (),
+        comma_list(only) or (),
         limit,
         run_dir,
-        parse_overrides(overrides),
+        changes,
+        data,
+        executor=executor,
         dry=dry_run,
     )
+    obstacles = _obstacles(batch)
     if dry_run:
-        _show_plan(batch, jobs, as_json)
-        return
-    code = run_prepared(batch, console, jobs, executor == "ray", address)
+        _show_plan(batch, jobs, executor, as_json)
+        for sentence in obstacles:
+            print(sentence, file=sys.stderr)
+        raise typer.Exit(2 if obstacles else 0)
+    if obstacles:
+        raise InputError("\n".join(obstacles))
+    code = run_prepared(batch, error_console(), jobs, executor, address)
     if as_json:
         _print_json(batch_summary(batch, code))
-    elif batch.run.results_json.exists():
-        _show_results(batch.run)
+    else:
+        _show_results(batch)
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #3f0f38a1
+def _list_rows(
+    config: Path,
+    data: Path | None,
+    run_dir: Path | None,
+    limit: int | None,
+    overrides: dict[str, str],
+    only: list[str],
+    as_json: bool,
+) -> None:
+    "Every row of a study or a series"
+    from cot_distill.batch.rows import rows_listing, rows_table
+    from cot_distill.batch.series import choose_rows, load_series
+
+    series = load_series(config, data, run_dir, limit, overrides)
+    table = rows_table(choose_rows(series, only))
+    if as_json:
+        _print_json(json.loads(table.to_json(orient="records")))
+        return
+    print("\n".join(rows_listing(table)))
+
+
+def _obstacles(batch: Any) -> list[str]:
+    "What would stop the jobs that are due, as far as it can be seen without a network"
+    from cot_distill.core.inputs import recording_path
+    from cot_distill.core.problems import is_hub
+    from cot_distill.doctor import check_keys, check_problems, check_student
+
+    found: dict[str, None] = {}
+    due = [job for job in batch.jobs if batch.states[job.name] != "done" and job.variant]
+    for study in {job.study.name: job.study for job in due}.values():
+        asked = {f"key of {job.variant}" for job in due if job.stage == "generate"}
+        findings = [one for one in check_keys(study) if one.what in asked]
+        findings.append(check_student(study))
+        sources = [study.problems.source, *(s.source for s in study.eval_sets)]
+        findings += check_problems(study) if not any(map(is_hub, sources)) else []
+        for finding in [one for one in findings if one.state == "fail"]:
+            found[f"{finding.what}: {finding.advice or finding.found}"] = None
+    for job in [job for job in due if job.stage == "generate" and not job.needs]:
+        teacher = job.study.teacher(job.variant)
+        if teacher.path:
+            try:
+                recording_path(job.study, teacher)
+            except InputError as err:
+                found[f"teacher {job.variant}: {err}"] = None
+    return list(found)
+
+# %% ../nbs/cli.ipynb #24a8abac
 def _print_json(data: Any) -> None:
     "One JSON object on standard output"
     print(json.dumps(data, indent=2, ensure_ascii=False))
@@ -193,63 +279,55 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def _show_results(run: "RunFolder") -> None:
-    "The table of results and where to look further"
+def _show_results(batch: Any) -> None:
+    "The table of results of every study, and where to look further"
     from cot_distill.batch.view import results_table
     from cot_distill.core.files import read_json
 
-    console, page = _console(), run.html_dir / "index.html"
-    console.print()
-    console.print(results_table(read_json(run.results_json)))
-    console.print(f"\n{page if page.exists() else run.path}", soft_wrap=True)
+    console = _console()
+    for run in [run for run in batch.runs if run.results_json.exists()]:
+        page = run.html_dir / "index.html"
+        console.print()
+        console.print(results_table(read_json(run.results_json)))
+        console.print(f"\n{page if page.exists() else run.path}", soft_wrap=True)
 
 
-def _show_plan(batch: Any, jobs: int | None, as_json: bool) -> None:
+def _show_plan(batch: Any, jobs: int | None, executor: str, as_json: bool) -> None:
     "The plan with its estimates"
-    from cot_distill.batch.executors import LocalExecutor
+    from cot_distill.batch.run import make_executor
     from cot_distill.batch.view import plan_report, plan_table, seconds_left
 
-    here = LocalExecutor(batch.study, batch.run, batch.nbs, jobs)
-    batch.places = here.n_places
-    rows, seconds = plan_report(batch, here.has_gpu), seconds_left(batch)
-    due = [
-        job.variant
-        for job in batch.jobs
-        if job.stage == "generate" and batch.states[job.name] != "done"
-    ]
+    worker = make_executor(batch, jobs, "inline" if executor == "inline" else "papermill")
+    batch.places = worker.n_places
+    worker.close()
+    rows, seconds = plan_report(batch, worker.has_gpu), seconds_left(batch)
+    quotes: dict[str, Any] | None = {}
     try:
-        quotes = _quotes(batch.study, due)
+        for job in batch.jobs:
+            if job.stage == "generate" and batch.states[job.name] != "done":
+                for one in _quotes(job.study, [job.variant]).values():
+                    quotes[job.name] = one
     except InputError as err:  # the problems cannot be read yet, so nobody can count their words
         print(f"no dollars: {err}", file=sys.stderr)
         quotes = None
     if as_json:
-        _print_json(
-            {
-                "study": batch.study.name,
-                "run_dir": str(batch.run.path),
-                "jobs": rows,
-                "seconds": seconds,
-                "quotes": quotes,
-            }
-        )
+        whole = {"study": batch.name, "run_dir": str(batch.folder), "jobs": rows}
+        _print_json(whole | {"seconds": seconds, "quotes": quotes})
         return
-    _console().print(
-        plan_table(
-            rows, seconds, quotes and {teacher: quote["usd"] for teacher, quote in quotes.items()}
-        )
-    )
+    dollars = quotes and {name: one["usd"] for name, one in quotes.items()}
+    _console().print(plan_table(rows, seconds, dollars))
 
 # %% ../nbs/cli.ipynb #d40d7d52
 def _open(
     config: Path, limit: int | None, run_dir: Path | None, overrides: list[str] | None
 ) -> "tuple[StudyConfig, RunFolder]":
     "The study and its run folder, as the batch opens them"
-    from cot_distill.batch.run import default_run_dir
+    from cot_distill.batch.series import default_folder
     from cot_distill.core.config import load_study
     from cot_distill.core.runs import open_run
 
     study = load_study(config, limit=limit, overrides=parse_overrides(overrides))
-    run = open_run(run_dir or default_run_dir(study.name, limit), study)
+    run = open_run(run_dir or default_folder(study.name, limit), study)
     return load_study(run.config_file), run
 
 
@@ -393,9 +471,7 @@ def analyze(
 
         print(analyze_together(what, out))
         return
-    from rich.console import Console
-
-    from cot_distill.batch.run import prepare_batch, run_prepared
+    from cot_distill.batch.run import error_console, prepare_batch, run_prepared
 
     batch = prepare_batch(
         config,
@@ -404,10 +480,10 @@ def analyze(
         run_dir=run_dir,
         overrides=parse_overrides(overrides),
     )
-    if not batch.run.results_json.exists():
-        raise InputError(f"{batch.run.path} has no results yet; run: cot-distill run {config}")
-    code = run_prepared(batch, Console(stderr=True, width=None if sys.stderr.isatty() else 120))
-    _show_results(batch.run)
+    if not any(run.results_json.exists() for run in batch.runs):
+        raise InputError(f"{batch.folder} has no results yet; run: cot-distill run {config}")
+    code = run_prepared(batch, error_console())
+    _show_results(batch)
     raise typer.Exit(code)
 
 # %% ../nbs/cli.ipynb #8b20f6d3
@@ -574,29 +650,58 @@ def diff(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Say what differs between two runs: settings, packages, hardware, results. Exit code 1 when anything does.
+    """Say whether one run reproduces another: the same settings, counts and answers. Exit code 1 when not.
 
-    Example: [bold]cot-distill diff runs/demo runs/demo-seed1[/]
+    Example: [bold]cot-distill diff runs/demo reports/demo[/]
 
-    Example: [bold]cot-distill diff runs/demo reports/demo --json[/]
+    Example: [bold]cot-distill diff runs/demo runs/demo-seed1 --json[/]
     """
-    from cot_distill.batch.run import compare_runs
+    from cot_distill.batch.compare import compare_runs, compare_sources
 
-    parts = compare_runs(run_a, run_b)
+    found, sources = compare_runs(run_a, run_b), compare_sources(run_a, run_b)
     if as_json:
-        _print_json(
-            {
-                part: {key: list(pair) for key, pair in found.items()}
-                for part, found in parts.items()
-            }
-        )
-    else:
-        console = _console()
-        for part, found in parts.items():
-            console.print(part + (":" if found else ": the same"), style="bold")
-            for key, (a, b) in found.items():
-                console.print(f"  {key}: {a!r} -> {b!r}", markup=False, soft_wrap=True)
-    raise typer.Exit(1 if any(parts.values()) else 0)
+        differences = [one._asdict() for one in found]
+        _print_json({"reproduced": not found, "differences": differences, "sources": sources})
+        raise typer.Exit(1 if found else 0)
+    if not found:
+        print("reproduced: the same settings, counts and answers")
+        return
+    console = _console()
+    for one in found:
+        console.print(f"{one.what}: {one.a!r} -> {one.b!r}", markup=False, soft_wrap=True)
+    if sources:
+        console.print("\nwhat may explain it:", style="bold")
+    for key, (a, b) in sources.items():
+        console.print(f"  {key}: {a!r} -> {b!r}", markup=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder, such as runs/demo, or a series' folder of them; made where there is none.",
+            show_default=False,
+            metavar="RUN",
+        ),
+    ],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of the same kind, or archives of them, such as half.tar.gz.",
+            show_default=False,
+            metavar="SOURCE...",
+        ),
+    ],
+) -> None:
+    """Take over what other machines did; what was made from other inputs is refused.
+
+    Example: [bold]cot-distill merge runs/half half-on-gpu.tar.gz[/]
+    """
+    from cot_distill.batch.merge import merge as merge_folders
+
+    print("\n".join(merge_folders(folder, sources)) or "nothing new")
 
 
 @app.command()

@@ -28,7 +28,7 @@ def test_without_ray_the_sentence_says_what_to_install(
     study = make_project(tmp_path, "human")
     batch = prepare_batch(study, run_dir=tmp_path / "runs/small", nbs=tmp_path / "nbs")
     with pytest.raises(InputError, match=r"pip install 'cot-distill\[ray\]'"):
-        run_prepared(batch, Console(file=io.StringIO()), ray=True)
+        run_prepared(batch, Console(file=io.StringIO()), executor="ray")
 
 
 def test_the_rental_task_fits_the_command_line() -> None:
@@ -92,7 +92,7 @@ def on_ray(study: Path, address: str) -> tuple[int, str]:
         code = run_prepared(
             batch,
             Console(file=file, width=200, force_terminal=False),
-            ray=True,
+            executor="ray",
             address=address,
         )
     return code, out.read_text()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cot_distill.core.config import difference, load_study, parse_study, to_toml, with_limit
 from cot_distill.core.errors import InputError
 
-FOUND = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+FOUND = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
 CONFIGS = [path for path in FOUND if "steps" not in tomllib.loads(path.read_text())]
 TINY = {
     "name": "tiny",

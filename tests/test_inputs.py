@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cot_distill.batch.plan import is_done, plan_jobs
+from cot_distill.batch.plan import Job, is_done, plan_jobs
+from cot_distill.batch.series import Row, Series
 from cot_distill.core import config
 from cot_distill.core.config import Part, StudyConfig, kind_of, load_study, parse_study
 from cot_distill.core.errors import InputError
@@ -58,6 +59,12 @@ def study_in(place: Path, **changes: object) -> StudyConfig:
     return parse_study(STUDY | changes, place)
 
 
+def jobs_of(study: StudyConfig, run: RunFolder) -> list[Job]:
+    "The jobs of a study"
+    rows = [Row(study, variant) for variant in ["base", *study.variants()]]
+    return plan_jobs(Series(study.name, rows, run.path))
+
+
 def finish_all(place: Path) -> RunFolder:
     "A run in which every stage has ended, without asking or training anybody"
     run = open_run(place / "run", study_in(place))
@@ -73,10 +80,9 @@ def finish_all(place: Path) -> RunFolder:
         name = marker.name.removesuffix(".stage.json")
         begin_stage(marker.parent, name, stage_inputs(study, stage, variant, run, eval_set))
         finish_stage(marker.parent, name)
-    for job in plan_jobs(study, run):
-        if job.notebook:
-            facts = {"end_time": "2", "exception": None, "parameters": {"teacher": job.variant}}
-            write_json(job.report(run), {"metadata": {"papermill": facts}})
+    for job in [job for job in jobs_of(study, run) if job.report]:
+        facts = {"end_time": "2", "exception": None, "parameters": {"teacher": job.variant}}
+        write_json(job.report, {"metadata": {"papermill": facts}})
     return run
 
 
@@ -128,12 +134,12 @@ def test_another_file_at_the_same_path_is_refused(place: Path, name: str, stages
         text = path.read_text().replace("1?", "3?").replace("was", "is")
         path.write_text(text.replace("weights", "Weights"))
     assert refused_in(study, run) == stages
-    for job in plan_jobs(study, run, stages=["generate", "train", "eval"]):
+    for job in [job for job in jobs_of(study, run) if job.variant]:
         if job.stage in stages and not (name.startswith("run/") and job.variant == "base"):
             with pytest.raises(InputError, match="was made with other settings or data"):
-                is_done(study, run, job)
+                is_done(job)
         else:
-            assert is_done(study, run, job)
+            assert is_done(job)
 
 
 @pytest.mark.parametrize(("split", "stage"), [("train", "generate"), ("test", "eval")])

@@ -4,12 +4,15 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import psutil
 import pytest
@@ -26,10 +29,10 @@ from stand_ins import (
     write_notebook,
 )
 
-from cot_distill.batch.execute import report_finished, secret_values
-from cot_distill.batch.executors import Hands, visible_gpus
+from cot_distill.batch.execute import failure, report_finished, secret_values, trim_chapter
+from cot_distill.batch.executors import Places, make_private_folder, visible_gpus
 from cot_distill.batch.plan import Job, estimate_seconds
-from cot_distill.batch.run import check_batch, compare_runs, prepare_batch, turn
+from cot_distill.batch.run import advance, prepare_batch
 from cot_distill.batch.view import Batch, batch_table, exit_code, plan_report, seconds_left
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
@@ -95,7 +98,7 @@ def study(tmp_path: Path) -> Path:
     return make_project(tmp_path, "human")
 
 
-# --- with hands that only pretend: order, skipping, exit codes ---
+# --- with an executor that only pretends: order, skipping, exit codes ---
 
 
 class Pretender:
@@ -109,23 +112,19 @@ class Pretender:
             return None
         self.order.append(job.name)
         self.busy += 1
-        return PretendedWork(self, self.failures.get(job.name))
+        return PretendedJob(self, self.failures.get(job.name))
 
     def close(self):
         pass
 
 
-class PretendedWork:
+class PretendedJob:
     def __init__(self, executor: Pretender, ename: str | None):
         self.executor, self.ename = executor, ename
 
     def poll(self):
         self.executor.busy -= 1
-        return (
-            {"state": "failed", "ename": self.ename, "evalue": "told to", "cell": 1}
-            if self.ename
-            else {"state": "finished"}
-        )
+        return failure(self.ename, "told to", 1) if self.ename else {"state": "finished"}
 
 
 def pretend(study: Path, executor: Pretender, **options: object) -> Batch:
@@ -133,9 +132,9 @@ def pretend(study: Path, executor: Pretender, **options: object) -> Batch:
         study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", **options
     )
     for _ in range(50):
-        if batch.over:
+        if batch.is_over:
             return batch
-        turn(batch, executor)
+        advance(batch, executor)
     raise AssertionError(f"never over: {batch.states}")
 
 
@@ -162,12 +161,22 @@ def test_three_teachers_one_failing(tmp_path: Path) -> None:
         ({}, 0),
         ({"train human": "InputError"}, 2),
         ({"eval base": "ResumeLater"}, 75),
-        ({"eval base": "ResumeLater", "train human": "InputError"}, 2),
-        ({"eval base": "OutOfMemoryError", "train human": "InputError"}, 1),
+        ({"eval base": "ResumeLater", "generate human": "InputError"}, 2),
+        ({"eval base": "OutOfMemoryError", "generate human": "InputError"}, 1),
     ],
 )
 def test_exit_code_says_what_kind(study: Path, failures: dict, code: int) -> None:
     assert exit_code(pretend(study, Pretender(failures))) == code
+
+
+def test_what_cannot_be_compared_is_not_trained(tmp_path: Path) -> None:
+    "Where the untrained student cannot be scored, hours of training would tell nothing"
+    study = make_project(tmp_path, "human", "deepseek")
+    batch = pretend(study, Pretender({"eval base": "InputError"}))
+    assert batch.states["generate human"] == batch.states["generate deepseek"] == "finished"
+    left = ("train human", "eval human", "train deepseek", "eval deepseek", "analyze")
+    assert {batch.states[name] for name in left} == {"skipped"}
+    assert exit_code(batch) == 2
 
 
 def test_repeats_share_texts_and_base(study: Path) -> None:
@@ -186,11 +195,11 @@ def test_repeats_share_texts_and_base(study: Path) -> None:
 
 
 def test_without_any_result_nothing_is_analysed(study: Path) -> None:
-    batch = pretend(study, Pretender({"eval base": "InputError", "train human": "InputError"}))
+    batch = pretend(study, Pretender({"eval base": "InputError"}))
     assert batch.states["analyze"] == "skipped"
 
 
-def test_board_shows_every_state(study: Path) -> None:
+def test_the_table_shows_every_state(study: Path) -> None:
     batch = pretend(study, Pretender({"train human": "InputError"}))
     batch.states |= {"eval base": "done"}
     console = Console(width=100, record=True, file=io.StringIO())
@@ -273,9 +282,8 @@ def test_a_dry_run_needs_no_key_and_leaves_nothing(
     study = make_project(tmp_path / "p", "gpt", provider="gemini")
     where = {"run_dir": tmp_path / "runs/small", "nbs": tmp_path / "p/nbs"}
     batch = prepare_batch(study, dry=True, overrides={"train.epochs": "3"}, **where)
-    assert batch.study.train.epochs == 3 and [
-        row["state"] for row in plan_report(batch, gpu=False)
-    ] == ["waiting"] * len(batch.jobs)
+    assert {job.study.train.epochs for job in batch.jobs} == {3}
+    assert {row["state"] for row in plan_report(batch, gpu=False)} == {"waiting"}
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError, match="GEMINI_API_KEY"):
         prepare_batch(study, **where)
@@ -290,7 +298,7 @@ def test_a_dry_run_needs_no_key_and_leaves_nothing(
 def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
     batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
     job = next(job for job in batch.jobs if job.name == "train human")
-    guess, measured = estimate_seconds(job, batch.study, batch.run, gpu=False)
+    guess, measured = estimate_seconds(job)
     assert guess > 0 and not measured
     kind = {"kind": "train smollm2-135m cpu"}
     write_json(
@@ -305,10 +313,10 @@ def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
         study.parent / "runs/other/run.json",
         {"jobs": {"train human": {"kind": "train another cpu", "n": 8, "wall_s": 1, "stage_s": 1}}},
     )
-    n = 4 * batch.study.train.epochs
-    assert estimate_seconds(job, batch.study, batch.run, gpu=False) == (38 + 2 * n / 2, True)
-    larger = load_study(batch.run.config_file, overrides={"train.epochs": "600"})
-    assert estimate_seconds(job, larger, batch.run, gpu=False) == (40 + 2000 * 2400 / 4000, True)
+    n = 4 * job.study.train.epochs
+    assert estimate_seconds(job) == (38 + 2 * n / 2, True)
+    larger = load_study(job.run.config_file, overrides={"train.epochs": "600"})
+    assert estimate_seconds(replace(job, study=larger)) == (40 + 2000 * 2400 / 4000, True)
 
 
 def test_time_left_shares_compute_out_and_adds_the_end(study: Path) -> None:
@@ -336,16 +344,19 @@ def test_time_left_shares_compute_out_and_adds_the_end(study: Path) -> None:
     assert seconds_left(batch) is None
 
 
-def test_limit_is_a_run_of_its_own(study: Path) -> None:
+def test_a_run_lands_where_it_was_started_and_a_limit_is_a_run_of_its_own(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study.parent)
     batch = prepare_batch(study, limit=1, nbs=study.parent / "nbs")
-    assert batch.run.path.name == "small-limit1"
+    assert batch.folder == Path("runs/small-limit1") and batch.folder.is_dir()
     assert batch.parameters["train human"] == {
         "config": "../runs/small-limit1/config.toml",
         "limit": 0,
         "run_dir": "../runs/small-limit1",
         "teacher": "human",
     }
-    assert batch.study.problems.limit == 1
+    assert {job.study.problems.limit for job in batch.jobs} == {1}
 
 
 # --- with real kernels ---
@@ -410,12 +421,6 @@ def test_whole_study_then_nothing_then_only_what_is_missing(study: Path) -> None
     )
     assert run(study)[0] == 0
     assert names(folder, since=n) == ["train human"]
-    assert compare_runs(run_dir, run_dir) == {
-        "settings": {},
-        "provenance": {},
-        "stages": {},
-        "results": {},
-    }
 
 
 def test_failure_keeps_the_report_and_the_rerun_goes_on(
@@ -436,10 +441,7 @@ def test_failure_keeps_the_report_and_the_rerun_goes_on(
     assert "Traceback" not in text
     assert "ZeroDivisionError" in report.read_text(encoding="utf-8")
     assert "| stage | train of human, not finished |" in footer_of(report)
-    assert not report_finished(
-        report,
-        json.loads(report.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"],
-    )
+    assert not report_finished(report)
     assert "eval human: skipped" in text and "analyze: finished" in text
     left = [p for p in run_dir.rglob("*") if p.is_file() and b"never-to-be-seen" in p.read_bytes()]
     assert left == []
@@ -468,7 +470,8 @@ def test_a_signal_stops_and_saves(study: Path, number: int, code: int) -> None:
     launcher.send_signal(number)
     text, _ = launcher.communicate(timeout=40)
     assert launcher.returncode == code, text
-    assert "generate human failed: stopped; what was finished is saved" in text
+    assert "stopping; what is finished stays" in text and "generate human: stopped" in text
+    assert "memory" not in text and "failed" not in text
     assert "Interrupted" in (study.parent / "runs/small/reports/01_generate-human.ipynb").read_text(
         encoding="utf-8"
     )
@@ -505,12 +508,12 @@ def test_a_launcher_that_dies_at_once_leaves_nothing(study: Path, name: str) -> 
     code = f"""
 import os
 from pathlib import Path
-from cot_distill.batch.executors import LocalExecutor
+from cot_distill.batch.executors import PapermillExecutor
 from cot_distill.batch.run import prepare_batch
 home = Path({str(study.parent)!r})
 batch = prepare_batch(home / {study.name!r}, run_dir=home / "runs/small", nbs=home / "nbs")
 job = next(job for job in batch.jobs if job.name == {name!r})
-LocalExecutor(batch.study, batch.run, batch.nbs).start(job, batch.parameters[job.name])
+PapermillExecutor(batch.jobs, batch.nbs).start(job, batch.parameters.get(job.name, dict()))
 os._exit(0)
 """
     orders(study.parent, generate_human={"seconds": 30})
@@ -586,27 +589,68 @@ def test_hosted_teachers_are_asked_side_by_side(tmp_path: Path) -> None:
     assert {one["threads"] for one in seen(tmp_path)} == {"1"}
 
 
+def job_of(stage: str, variant: str | None, lane: str) -> Job:
+    "A job of no study in particular"
+    return Job(None, None, stage, variant, lane)
+
+
 def test_places_are_shared_out() -> None:
     "One training at a time on a processor, light work beside it, and never more than asked for"
-    train, other = (Job("train", teacher, "compute") for teacher in "ab")
-    light, asking = Job("teachers", None, "light"), Job("generate", "a", "api")
-    hands = Hands(gpus=[], n_cores=2, n_jobs=99)
-    assert hands.take(train)["OMP_NUM_THREADS"] == "2" and hands.take(other) is None
-    assert hands.take(light)["OMP_NUM_THREADS"] == "1" and hands.take(asking) is not None
-    hands = Hands(gpus=[], n_cores=2, n_jobs=1)
-    assert hands.take(train) and hands.take(light) is None
+    train, other = (job_of("train", teacher, "compute") for teacher in "ab")
+    light, asking = job_of("teachers", None, "light"), job_of("generate", "a", "api")
+    places = Places(gpus=[], n_cores=2, n_jobs=99)
+    assert places.take(train)["OMP_NUM_THREADS"] == "2" and places.take(other) is None
+    assert places.take(light)["OMP_NUM_THREADS"] == "1" and places.take(asking) is not None
+    places = Places(gpus=[], n_cores=2, n_jobs=1)
+    assert places.take(train) and places.take(light) is None
 
 
 def test_many_cores_are_shared_out_as_far_as_memory_allows() -> None:
-    trains = [Job("train", teacher, "compute") for teacher in "abc"]
-    hands = Hands(gpus=[], n_cores=32, n_jobs=99, memory_gb=20, job_gb=9)
-    assert [(hands.take(job) or {}).get("OMP_NUM_THREADS") for job in trains] == ["16", "16", None]
-    alone = Hands(gpus=[], n_cores=32, n_jobs=1, memory_gb=999)
+    trains = [job_of("train", teacher, "compute") for teacher in "abc"]
+    places = Places(gpus=[], n_cores=32, n_jobs=99, memory_gb=20, job_gb=9)
+    assert [(places.take(job) or {}).get("OMP_NUM_THREADS") for job in trains] == ["16", "16", None]
+    alone = Places(gpus=[], n_cores=32, n_jobs=1, memory_gb=999)
     assert alone.take(trains[0])["OMP_NUM_THREADS"] == "32", (
         "who wants one job at a time gives it all cores"
     )
-    gpus = Hands(gpus=["0", "1", "2", "3"], n_cores=8, n_jobs=99)
+    gpus = Places(gpus=["0", "1", "2", "3"], n_cores=8, n_jobs=99)
     assert {gpus.take(job)["OMP_NUM_THREADS"] for job in trains} == {"2"}
+
+
+def test_a_dead_launcher_s_private_folders_are_swept(tmp_path: Path) -> None:
+    "Those of a launcher that lives stay"
+    code = (
+        "import os; from cot_distill.batch.executors import make_private_folder\n"
+        "print(make_private_folder()[0], flush=True); os.kill(os.getpid(), 9)"
+    )
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    left = Path(dead.stdout.strip())
+    assert left.is_dir()
+    mine, lock = make_private_folder()
+    second, second_lock = make_private_folder()
+    assert not left.exists() and mine.is_dir() and second.is_dir()
+    for folder, held in ((mine, lock), (second, second_lock)):
+        held.close()
+        shutil.rmtree(folder)
+
+
+def test_a_report_holds_the_run_and_no_lesson(study: Path) -> None:
+    "Lessons and exported cells are left out, so nothing in them can fail on the reader's data"
+    path = study.parent / "nbs/02_train.ipynb"
+    chapter = nbformat.read(path, 4)
+    lesson = nbformat.v4.new_code_cell("1 / 0", metadata={"tags": ["lesson"]})
+    said = nbformat.v4.new_markdown_cell("a lesson", metadata={"tags": ["lesson"]})
+    library = nbformat.v4.new_code_cell("#| export\nraise RuntimeError")
+    chapter.cells[1:1] = [lesson, said, library]
+    nbformat.write(chapter, path)
+    code, text = run(study, stages=["generate", "train"])
+    assert code == 0, text
+    report = nbformat.read(study.parent / "runs/small/reports/02_train-human.ipynb", 4)
+    sources = [cell.source for cell in report.cells]
+    assert not [s for s in sources if "1 / 0" in s or "a lesson" in s or "RuntimeError" in s]
+    assert report.metadata.papermill.input_path == "02_train.ipynb"
+    whole = nbformat.v4.new_notebook(cells=[library])
+    assert trim_chapter(whole) == whole, "a notebook without lessons is executed as it is"
 
 
 @pytest.mark.parametrize(
@@ -622,22 +666,22 @@ def test_many_cores_are_shared_out_as_far_as_memory_allows() -> None:
     ],
 )
 def test_the_chosen_gpus_are_read_as_cuda_reads_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[str]
+    monkeypatch: pytest.MonkeyPatch, chosen: str, gpus: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert visible_gpus(load_study(make_project(tmp_path, "a", device="auto"))) == gpus
+    assert visible_gpus(["auto"]) == gpus
 
 
 def test_gpus_are_asked_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, tool = make_project(tmp_path / "p", "a", device="auto"), tmp_path / "nvidia-smi"
+    tool = tmp_path / "nvidia-smi"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     tool.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
     tool.chmod(0o755)
-    assert visible_gpus(load_study(study)) == ["0", "1", "2"]
-    assert visible_gpus(load_study(study, overrides={"student.device": "cpu"})) == []
+    assert visible_gpus(["auto", "cpu"]) == ["0", "1", "2"]
+    assert visible_gpus(["cpu"]) == []
     tool.write_text("#!/bin/sh\necho 'no driver' >&2\nexit 9\n")
-    assert visible_gpus(load_study(study)) == []
+    assert visible_gpus(["auto"]) == []
 
 
 def test_keys_are_found_by_their_names() -> None:
@@ -673,7 +717,6 @@ print(batch.states, [m for m in heavy if m in sys.modules])
     assert done.stdout.strip() == "{'generate human': 'done'} []"
 
 
-def test_plain_check_of_a_batch_settles_parameters(study: Path) -> None:
+def test_a_batch_settles_the_parameters_of_what_is_due(study: Path) -> None:
     batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
-    check_batch(batch)
-    assert set(batch.parameters) == {job.name for job in batch.jobs}
+    assert set(batch.parameters) == {job.name for job in batch.jobs if job.notebook}

@@ -2,8 +2,10 @@
 together"""
 
 import asyncio
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,28 +16,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from tiny_student import make_student
 
 from cot_distill.asking.replies import Question
-from cot_distill.batch.series import (
-    Row,
-    Step,
-    estimate_s,
-    load_series,
-    main,
-    merge_results,
-    merged,
-    pack_results,
-    record_answers,
-    row_inputs,
-    rows_of,
-    rows_table,
-    run_series,
-    study_of,
-)
+from cot_distill.batch.merge import merge
+from cot_distill.batch.plan import estimate_seconds, plan_jobs
+from cot_distill.batch.rows import rows_listing, rows_table
+from cot_distill.batch.run import prepare_batch, record_answers, run_prepared
+from cot_distill.batch.series import load_series
+from cot_distill.cli import main
 from cot_distill.core.config import TeacherConfig
 from cot_distill.core.errors import InputError
-from cot_distill.core.files import read_json, read_parquet, write_json, write_parquet
+from cot_distill.core.files import read_json, read_parquet, write_parquet
+from cot_distill.core.inputs import stage_state
 from cot_distill.core.problems import Problem, load_problems
 from cot_distill.core.runs import RunFolder
 from cot_distill.teachers import HumanTeacher
@@ -118,11 +112,20 @@ def series_file(tmp_path_factory) -> Path:
     return path
 
 
+def run(series: Path, data: Path, out: Path, *only: str, **options: str) -> tuple[int, dict]:
+    "Exit code, and why jobs failed: the stages called in this process"
+    batch = prepare_batch(
+        series, only=only, run_dir=out, data=data, executor="inline", overrides=options
+    )
+    code = run_prepared(batch, Console(file=io.StringIO()), executor="inline")
+    return code, {name: outcome["evalue"] for name, outcome in batch.errors.items()}
+
+
 @pytest.fixture(scope="module")
 def whole(data, series_file, tmp_path_factory) -> Path:
     "The whole series, run without a break"
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert run_series(load_series(series_file), data, out) == {}
+    assert run(series_file, data, out) == (0, {})
     return out
 
 
@@ -142,35 +145,33 @@ def scores(out: Path) -> dict:
 
 
 def test_reference_files_are_whole():
-    for name, n_studies in (("reference", 11), ("reference-small", 3), ("reference-slice", 1)):
-        series = load_series(ROOT / "configs" / f"{name}.toml")
-        studies = {row.study: study_of(series, row.study, "data", "out") for row in rows_of(series)}
-        assert len(studies) >= n_studies
+    n_of = {"reference": 11, "checks/reference-small": 3, "checks/reference-slice": 1}
+    for name, n_studies in n_of.items():
+        series = load_series(ROOT / "configs" / f"{name}.toml", data="data")
+        assert len(series.studies) >= n_studies
         assert all(
-            set(s.name for s in study.eval_sets) <= set(series.estimate.answers)
-            for study in studies.values()
+            {s.name for s in study.eval_sets} <= set(series.estimate.answers)
+            for study in series.studies.values()
         )
-        assert (
-            rows_of(series)[0].variant == "base"
-            and "prompts and graders" in rows_of(series)[0].asks
-        ), "the baseline gate comes first"
+        first = series.rows[0]
+        assert first.variant == "base" and "prompts and graders" in first.asks, (
+            "the baseline gate comes first"
+        )
 
 
 def test_reference_varies_one_thing_at_a_time():
     "Each study differs from the first in what its name says and in nothing else"
-    series = load_series(ROOT / "configs" / "reference.toml")
-    first = study_of(series, "lora").model_dump(exclude={"name", "description"})
+    series = load_series(ROOT / "configs" / "reference.toml", data="data")
+    first = series.studies["lora"].model_dump(exclude={"name", "description"})
     changed = {
         name: {
             f"{part}.{key}"
-            for part, value in study_of(series, name)
-            .model_dump(exclude={"name", "description"})
-            .items()
+            for part, value in study.model_dump(exclude={"name", "description"}).items()
             if isinstance(value, dict)
             for key in value
             if value[key] != first[part].get(key)
         }
-        for name in dict.fromkeys(row.study for row in rows_of(series))
+        for name, study in series.studies.items()
     }
     assert changed["recipe"] == changed["lora-2e-4"] == {"train.learning_rate"}
     assert changed["lora-100"] == changed["lora-all"] == {"problems.limit"}
@@ -181,6 +182,18 @@ def test_reference_varies_one_thing_at_a_time():
     assert (
         changed["recipe-all"] == changed["recipe-100"] == {"problems.limit", "train.learning_rate"}
     )
+
+
+def test_the_half_study_is_a_series(tmp_path):
+    "The rows, in their order, with rates that the file states; the student's own texts come last"
+    series = load_series(ROOT / "configs" / "half.toml", data="data", folder=tmp_path)
+    names = [row.name for row in series.rows]
+    assert names[:4] == ["gate/base", "half/base", "half/human", "half/gpt-4o-mini"]
+    assert names.index("self-samples/base") < names.index("half/self")
+    jobs = {job.name: job for job in plan_jobs(series)}
+    assert jobs["half generate self"].needs == ("self-samples eval base",)
+    assert jobs["self-samples eval base"].recording == tmp_path / "self.jsonl"
+    assert len(list(rows_listing(rows_table(series)))) == len(names) + 1
 
 
 @pytest.mark.parametrize(
@@ -205,31 +218,31 @@ def test_like_lays_one_series_over_another(tmp_path, series_file):
     (tmp_path / "more.toml").write_text(
         'like = "tiny.toml"\nname = "more"\n[study.train]\nepochs = 5\n'
     )
-    study = study_of(load_series(tmp_path / "more.toml"), "slow")
+    study = load_series(tmp_path / "more.toml").studies["slow"]
     assert (study.train.epochs, study.train.learning_rate, study.train.lora_r) == (5, 0.001, 4)
-    assert merged({"a": {"x": 1}, "b": 1}, {"a": {}}) == {"a": {}, "b": 1}, "an empty table empties"
+    changed = load_series(tmp_path / "more.toml", overrides={"train.epochs": "7"}, limit=3)
+    assert {(s.train.epochs, s.problems.limit) for s in changed.studies.values()} == {(7, 3)}
+    assert changed.folder == Path("runs/more-limit3")
 
 
-def test_estimates_add_up(series_file):
-    series = load_series(series_file)
-    assert estimate_s(series, Row("fast", "base", "")) == 10 + 6 * 20 / 50
-    assert estimate_s(series, Row("fast", "base", ""), shared=True) == 0
-    assert estimate_s(series, Row("fast", "human.seed1", "")) == 10 + 2 * 8 * 50 / 100 + 6 * 20 / 50
-    assert estimate_s(series, Row("fast", "told", "")) == 10 + 2 * 8 * 300 / 100 + 6 * 20 / 50
+def test_estimates_add_up(series_file, data, tmp_path):
+    series = load_series(series_file, data, tmp_path)
+    jobs = {job.name: job for job in plan_jobs(series)}
+
+    def seconds(name: str) -> float:
+        return estimate_seconds(jobs[name], stated=series.estimate)[0]
+
+    assert seconds("fast eval base") == 10 + 6 * 20 / 50
+    assert seconds("slow eval base") == 0, "shared with the first study"
+    assert seconds("fast train human.seed1") == 2 * 8 * 50 / 100
+    assert seconds("fast eval human.seed1") == 10 + 6 * 20 / 50
+    assert seconds("fast train told") == 2 * 8 * 300 / 100
 
 
 # --- what is done, and done once
 
 
 def test_every_row_is_scored_and_base_only_once(whole):
-    assert [row.name for row in rows_of(load_series_of(whole))] == [
-        "fast/base",
-        "fast/human",
-        "fast/told",
-        "slow/base",
-        "slow/human",
-        "fast/human.seed1",
-    ]
     found = scores(whole)
     assert {(study, variant) for study, _, variant in found} == {
         ("fast", "base"),
@@ -239,44 +252,25 @@ def test_every_row_is_scored_and_base_only_once(whole):
         ("slow", "base"),
         ("slow", "human"),
     }
-    times = [
-        read_json(whole / study / "run.json")["stages"]["eval test/base"]["finished_at"]
-        for study in ("fast", "slow")
-    ]
-    wall = [
-        read_json(whole / study / "evals" / "base" / "test.stage.json")["finished_at"]
-        for study in ("fast", "slow")
-    ]
-    assert times[0] == times[1] and wall[0] == wall[1], (
+    runs = [RunFolder(whole / study) for study in ("fast", "slow")]
+    times = [read_json(run.run_json)["stages"]["eval test/base"]["finished_at"] for run in runs]
+    ends = [read_json(run.eval_dir("base") / "test.stage.json")["finished_at"] for run in runs]
+    assert times[0] == times[1] and ends[0] == ends[1], (
         "the second study has the first one's scores"
     )
-    logs = [
-        read_json(whole / study / "students" / "human" / "training_log.json")["final_train_loss"]
-        for study in ("fast", "slow")
-    ]
-    assert logs[0] != logs[1]
-    assert list(whole.glob("*/students/*/adapter")) and not list(
-        whole.glob("*/students/*/checkpoints")
-    ), "disks are small"
-
-
-def load_series_of(whole: Path):
-    "The series that a results folder was made from"
-    path = whole.parent / "again.toml"
-    path.write_text(SERIES)
-    return load_series(path)
+    losses = [read_json(run.training_log("human"))["final_train_loss"] for run in runs]
+    assert losses[0] != losses[1]
+    assert list(whole.glob("*/students/*/adapter"))
+    assert not list(whole.glob("*/students/*/checkpoints")), "disks are small"
 
 
 def test_same_questions_are_graded_again_not_decoded_again(whole):
-    test, corrected = (
-        read_parquet(whole / "fast" / "evals" / "human" / f"{name}.parquet")
-        for name in ("test", "corrected")
-    )
-    assert list(corrected["question"]) == list(test["question"][1:5]) and list(
-        corrected["completion"]
-    ) == list(test["completion"][1:5])
+    folder = RunFolder(whole / "fast").eval_dir("human")
+    test, corrected = (read_parquet(folder / f"{name}.parquet") for name in ("test", "corrected"))
+    assert list(corrected["question"]) == list(test["question"][1:5])
+    assert list(corrected["completion"]) == list(test["completion"][1:5])
     assert set(corrected["reference_answer"]) == {"777"} and not corrected["is_correct"].any()
-    facts = read_json(whole / "fast" / "evals" / "human" / "corrected.stage.json")["facts"]
+    facts = read_json(folder / "corrected.stage.json")["facts"]
     assert facts["answers_from"] == "test" and facts["n"] == 4 and facts["wall_s"] < 5
 
 
@@ -287,70 +281,59 @@ def test_a_finished_series_is_left_alone_even_without_its_weights(
     for folder in (tmp_path / "out").glob("*/students/*/adapter"):
         shutil.rmtree(folder)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
-    assert run_series(load_series(series_file), data, tmp_path / "out") == {}
+    assert run(series_file, data, tmp_path / "out") == (0, {})
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
 
 
-def test_half_a_row_goes_when_its_weights_are_gone(whole, data, series_file, tmp_path):
+def test_a_row_is_done_again_when_scores_and_weights_are_gone(whole, data, series_file, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    run = RunFolder(out / "slow")
-    marker = run.eval_dir("human") / "row.stage.json"
-    write_json(
-        marker, {k: v for k, v in read_json(marker).items() if k != "facts"} | {"state": "running"}
-    )
-    shutil.rmtree(run.adapter("human"))
-    assert run_series(load_series(series_file), data, out, only=["slow"]) == {}
-    assert run.adapter("human").exists() and scores(out) == scores(whole)
+    slow = RunFolder(out / "slow")
+    shutil.rmtree(slow.eval_dir("human"))
+    shutil.rmtree(slow.adapter("human"))
+    assert run(series_file, data, out, "slow") == (0, {})
+    assert slow.adapter("human").exists() and scores(out) == scores(whole)
 
 
-def test_a_row_that_fails_stops_no_other(data, series_file, tmp_path):
-    series = load_series(series_file)
-    series = series.model_copy(
-        update={"steps": [Step(study="fast", asks="?", students=["gone", "human"])]}
-    )
-    failures = run_series(series, data, tmp_path / "out")
-    assert list(failures) == ["fast/gone"] and "no recording at" in failures["fast/gone"]
-    broken = RunFolder(tmp_path / "out" / "fast")
-    write_json(
-        broken.teacher_dir("human") / "generate.stage.json",
-        read_json(broken.teacher_dir("human") / "generate.stage.json") | {"facts": {}},
-    )  # as an older version might have left it
-    (broken.eval_dir("human") / "row.stage.json").unlink()
-    assert "TypeError" in run_series(series, data, tmp_path / "out")["fast/human"]
-    states = rows_table(series, tmp_path / "out").set_index("student")["state"].to_dict()
-    assert states == {"base": "run", "gone": "failed", "human": "run"}
+def test_a_row_that_fails_stops_no_other_and_is_written_down(data, tmp_path):
+    series = tmp_path / "x.toml"
+    series.write_text(SERIES.replace('["human", "told"]', '["gone", "human"]'))
+    code, failures = run(series, data, tmp_path / "out", "fast/base", "fast/gone", "fast/human")
+    assert code == 2 and list(failures) == ["fast generate gone"]
+    assert "no recording at" in failures["fast generate gone"]
+    table = rows_table(load_series(series, data, tmp_path / "out")).set_index(["study", "student"])
+    states = {name: row["state"] for name, row in table.iterrows()}
+    assert states["fast", "gone"] == "failed" and states["slow", "human"] == "not run"
+    assert states["fast", "base"] == states["fast", "human"] == "run"
+    assert "no recording at" in table.loc[("fast", "gone"), "why"]
+
+
+def test_without_a_baseline_nothing_is_trained(data, tmp_path):
+    series = tmp_path / "x.toml"
+    series.write_text(SERIES.replace("{data}/corrected.jsonl", "{data}/none.jsonl"))
+    code, failures = run(series, data, tmp_path / "out", "fast/base", "fast/human")
+    assert code == 2 and list(failures) == ["fast eval base"]
+    assert not list((tmp_path / "out").glob("*/students"))
 
 
 def test_changed_settings_are_refused(whole, data, series_file, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
-    series = load_series(series_file)
-    other = series.model_copy(update={"study": merged(series.study, {"train": {"epochs": 1}})})
-    failures = run_series(other, data, tmp_path / "out", only=["fast/human"])
-    assert "epochs" in failures["fast/human"] and scores(tmp_path / "out") == scores(whole)
+    with pytest.raises(InputError, match="epochs"):
+        run(series_file, data, tmp_path / "out", "fast/human", **{"train.epochs": "1"})
+    assert scores(tmp_path / "out") == scores(whole)
 
 
 # --- what survives
 
 
 def test_killed_at_any_point_it_goes_on(whole, data, series_file, tmp_path):
-    """kill -9 in training and in scoring; the third call ends with the same numbers as an unbroken
-    run"""
+    "kill -9 in training and in scoring; the third call ends as an unbroken run does"
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "cot_distill.batch.series",
-        str(series_file),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--only",
-        "fast/human",
-    ]
+    command = [sys.executable, "-m", "cot_distill.cli", "run", str(series_file)]
+    command += ["--data", str(data), "--run-dir", str(out), "--only", "fast/base,fast/human"]
+    command += ["--executor", "inline"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    marker = out / "fast" / "evals" / "human" / "row.stage.json"
+    fast = RunFolder(out / "fast")
     for sign in ("fast/students/human/checkpoints/checkpoint-*", "fast/evals/human/.parts/*.jsonl"):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
@@ -358,108 +341,114 @@ def test_killed_at_any_point_it_goes_on(whole, data, series_file, tmp_path):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"killed before it was over: {sign}"
-        assert not marker.exists() or read_json(marker)["state"] == "running"
+        assert stage_state(fast.eval_dir("human"), "corrected") == "missing"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    losses = [
-        [
-            step["loss"]
-            for step in read_json(folder / "fast" / "students" / "human" / "training_log.json")[
-                "steps"
-            ]
-        ]
-        for folder in (out, whole)
-    ]
+    runs = [fast, RunFolder(whole / "fast")]
+    losses = [[s["loss"] for s in read_json(r.training_log("human"))["steps"]] for r in runs]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    answers = [
-        read_parquet(folder / "fast" / "evals" / "human" / "test.parquet")
-        for folder in (out, whole)
-    ]
+    answers = [read_parquet(r.eval_file("human", "test")) for r in runs]
     assert answers[0].equals(answers[1])
 
 
 # --- what several machines make together
 
 
+def pack(out: Path, *left_out: str) -> Path:
+    "An archive of a series, as `tar czf` with `--exclude` makes it"
+
+    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if set(left_out) & set(Path(member.name).parts) else member
+
+    with tarfile.open(out.with_suffix(".tar.gz"), "w:gz") as tar:
+        tar.add(out, arcname=out.name, filter=kept)
+    return out.with_suffix(".tar.gz")
+
+
 def test_two_machines_make_one_result(whole, data, series_file, tmp_path):
-    series = load_series(series_file)
-    for name, only in (
-        ("a", ["fast/base", "fast/human"]),
-        ("b", ["slow", "fast/told", "fast/human.seed1"]),
-    ):
-        run_series(series, data, tmp_path / name, only, tmp_path / f"{name}.tar.gz")
-    with tarfile.open(tmp_path / "b.tar.gz") as tar:
-        names = tar.getnames()
-    assert not [n for n in names if "adapter" in n or "checkpoint" in n or "rationales" in n], (
-        "no weights, no teachers' texts"
-    )
-    taken = merge_results(tmp_path / "both", [tmp_path / "a.tar.gz", tmp_path / "b.tar.gz"])
-    assert sorted(taken) == sorted(row.name for row in rows_of(series))
-    assert scores(tmp_path / "both") == scores(whole)
-    assert merge_results(tmp_path / "both", [tmp_path / "a.tar.gz", tmp_path / "b"]) == []
-    assert run_series(series, data, tmp_path / "both") == {}, "and nothing is left to do"
-
-
-def test_a_shared_baseline_reaches_every_study_that_is_merged(data, series_file, tmp_path):
-    run_series(load_series(series_file), data, tmp_path / "a", ["fast/base"], tmp_path / "a.tar.gz")
-    run_series(load_series(series_file), data, tmp_path / "a", ["slow"], tmp_path / "b.tar.gz")
-    merge_results(tmp_path / "both", [tmp_path / "b.tar.gz", tmp_path / "a.tar.gz"])
-    assert scores(tmp_path / "both") == scores(tmp_path / "a")
-    assert scores(tmp_path / "both")["slow", "test", "human"]["vs_base"]
-
-
-def test_markers_alone_keep_a_machine_from_doing_a_row_again(whole, data, series_file, tmp_path):
-    pack_results(whole, tmp_path / "markers.tar.gz", rows=["fast/base"])
-    merge_results(tmp_path / "out", [tmp_path / "markers.tar.gz"])
-    assert run_series(load_series(series_file), data, tmp_path / "out") == {}
-    assert not list((tmp_path / "out").glob("*/students/*/adapter"))
-    assert set(scores(tmp_path / "out")) == {
-        ("fast", "test", "base"),
-        ("fast", "corrected", "base"),
+    parts = {
+        "a": ["fast/base", "fast/human"],
+        "b": ["slow", "fast/told", "fast/human.seed1"],
     }
-    assert "slow/human" in merge_results(tmp_path / "out", [whole]), (
-        "the scores can still be brought"
-    )
-    assert scores(tmp_path / "out") == scores(whole)
+    for name, only in parts.items():
+        assert run(series_file, data, tmp_path / name, *only) == (0, {})
+    archive = pack(tmp_path / "b", "adapter", "checkpoints", "rationales.parquet")
+    taken = merge(tmp_path / "both", [pack(tmp_path / "a", "adapter"), archive])
+    assert {"fast/evals/human/test", "slow/students/human/train"} <= set(taken)
+    assert scores(tmp_path / "both") == scores(whole)
+    assert merge(tmp_path / "both", [tmp_path / "a.tar.gz", archive]) == []
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "both").rglob("*.parquet")}
+    assert run(series_file, data, tmp_path / "both") == (0, {}), "nothing is left to do"
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "both").rglob("*.parquet")}
 
 
 def test_rows_that_do_not_agree_are_not_merged(whole, data, series_file, tmp_path):
-    series = load_series(series_file)
-    other = series.model_copy(update={"study": merged(series.study, {"train": {"epochs": 1}})})
-    run_series(other, data, tmp_path / "other", only=["fast/base", "fast/human"])
+    only = ("fast/base", "fast/human")
+    run(series_file, data, tmp_path / "other", *only, **{"train.epochs": "1"})
+    shutil.copytree(whole, tmp_path / "out")
     with pytest.raises(InputError, match=r"train\.epochs: 2.* -> 1"):
-        merge_results(whole, [tmp_path / "other"])
+        merge(tmp_path / "out", [tmp_path / "other"])
     with pytest.raises(InputError, match="neither"):
-        merge_results(tmp_path / "x", [series_file])
+        merge(tmp_path / "x", [series_file])
 
 
-def test_a_row_is_known_by_content_not_by_place(data, series_file, tmp_path):
-    shutil.copytree(data, tmp_path / "moved")
-    series = load_series(series_file)
-    here, there = (
-        row_inputs(study_of(series, "fast", place), "told") for place in (data, tmp_path / "moved")
-    )
-    assert here == there
-    (tmp_path / "moved" / "teacher.jsonl").write_text(
-        (data / "teacher.jsonl").read_text().replace("First", "Then")
-    )
-    assert row_inputs(study_of(series, "fast", tmp_path / "moved"), "told") != here
+def test_results_of_another_machine_are_gone_on_with_where_the_data_lie_elsewhere(
+    whole, data, series_file, tmp_path
+):
+    only = ("fast/base", "fast/human")
+    assert run(series_file, data, tmp_path / "there", *only) == (0, {})
+    merge(tmp_path / "here", [pack(tmp_path / "there", "adapter")])
+    shutil.copytree(data, tmp_path / "elsewhere" / "moved")
+    moved = tmp_path / "elsewhere" / "moved"
+    assert run(series_file, moved, tmp_path / "here", *only, "fast/told") == (0, {})
+    here, expected = scores(tmp_path / "here"), scores(whole)
+    assert {k: v["n_correct"] for k, v in here.items()} == {
+        k: expected[k]["n_correct"] for k in here
+    }
+    assert {variant for _, _, variant in here} == {"base", "human", "told"}
 
 
-def test_command_line(whole, series_file, capsys, tmp_path):
-    assert main([str(series_file), "--out", str(whole), "--list"]) == 0
+def test_the_command_lists_and_refuses(whole, series_file, capsys, tmp_path):
+    def call(*words: str) -> int:
+        with pytest.raises(SystemExit) as left:
+            main(["run", str(series_file), *words])
+        return left.value.code
+
+    assert call("--run-dir", str(whole), "--list") == 0
     assert "6 of 6 rows run" in capsys.readouterr().out
-    assert main([str(series_file), "--out", str(tmp_path / "none"), "--list"]) == 0
+    assert call("--run-dir", str(tmp_path / "none"), "--list") == 0
     assert "0 of 6 rows run" in capsys.readouterr().out
-    assert main([str(series_file), "--out", str(tmp_path / "none"), "--only", "fats"]) == 2
+    assert call("--run-dir", str(tmp_path / "none"), "--only", "fats") == 2
     assert "no study or row fats" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_inline_executor_needs_no_jupyter(whole, data, series_file, tmp_path):
+    "A machine with torch, transformers and a few wheels: what only reports need is not there"
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "fast" / "evals" / "told")
+    code = (
+        "import sys\n"
+        "for name in ('papermill', 'nbformat', 'nbconvert', 'nbclient', 'jupyter_client', 'IPython',"
+        " 'ipykernel', 'matplotlib', 'openai', 'google', 'datasets', 'bs4', 'nh3', 'dotenv'):\n"
+        "    sys.modules[name] = None\n"
+        "from cot_distill.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    words = ["run", series_file, "--data", data, "--run-dir", tmp_path / "out"]
+    words += ["--only", "fast/told", "--executor", "inline"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert scores(tmp_path / "out") == scores(whole)
 
 
 # --- texts
 
 
 def test_the_student_s_right_answers_become_a_recording(tmp_path, series_file, data):
-    study = study_of(load_series(series_file), "fast", data)
+    study = load_series(series_file, data).studies["fast"]
     from cot_distill.core.runs import open_run
 
     run = open_run(tmp_path / "run", study)
@@ -501,26 +490,6 @@ def test_a_human_text_in_the_student_s_own_form(solution, text):
     assert asyncio.run(teacher.ask(Question(problem, 0, []))).text == text
 
 
-def test_results_of_another_machine_are_gone_on_with_where_the_data_lie_elsewhere(
-    whole, data, series_file, tmp_path
-):
-    series = load_series(series_file)
-    run_series(series, data, tmp_path / "there", ["fast/human"], tmp_path / "there.tar.gz")
-    merge_results(tmp_path / "here", [tmp_path / "there.tar.gz"])
-    shutil.copytree(data, tmp_path / "elsewhere" / "moved")
-    assert (
-        run_series(
-            series, tmp_path / "elsewhere" / "moved", tmp_path / "here", ["fast/human", "fast/told"]
-        )
-        == {}
-    )
-    assert {k: scores(tmp_path / "here")[k]["n_correct"] for k in scores(tmp_path / "here")} == {
-        k: v["n_correct"]
-        for k, v in scores(whole).items()
-        if k[0] == "fast" and k[2] in ("human", "told")
-    }
-
-
 # --- the reference study itself, on the real data
 
 
@@ -533,80 +502,46 @@ DATA = Path(os.environ.get("COT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
     reason="COT_DISTILL_DATA names no folder with GSM8K and the recorded teachers",
 )
 def test_the_reference_study_runs_on_real_data(tmp_path):
-    """Every study and every student once, with random weights of a million parameters, few examples
-    and few problems"""
-    series = load_series(ROOT / "configs" / "reference.toml")
+    "Every study and every student once: a million random parameters, few examples, few problems"
     make_student(tmp_path / "student", hidden=32, layers=1)
-    n_test = [{"limit": 20}, {"limit": 16}, {"limit": 4}]
-    smaller = {
-        "problems": {"limit": 24},
-        "eval_sets": [s | n for s, n in zip(series.study["eval_sets"], n_test, strict=True)],
-        "student": {
-            "model": str(tmp_path / "student"),
-            "quantization": "none",
-            "dtype": "float32",
-            "device": "cpu",
-        },
-        "generate": {
-            "keep_wrong": True
-        },  # a random student is never right, and shall be its own teacher
-        "train": {"lora_r": 4, "lora_alpha": 8},
-        "eval": {"max_new_tokens": 12, "slots": 20, "n_bootstrap": 200},
+    series, out = tmp_path / "reference.toml", tmp_path / "out"
+    text = (ROOT / "configs" / "reference.toml").read_text()
+    text = re.sub(r"limit = \d+", "limit = 12", text).replace("limit = 12  #", "limit = 24  #", 1)
+    for name, n in (("gsm8k/test", 20), ("eval/gsm8k_platinum", 16), ("eval/svamp", 4)):
+        text = text.replace(f'{name}.jsonl"\n', f'{name}.jsonl"\nlimit = {n}\n', 1)
+    series.write_text(text)
+    changes = {
+        "student.model": str(tmp_path / "student"),
+        "student.quantization": "none",
+        "student.dtype": "float32",
+        "student.device": "cpu",
+        "generate.keep_wrong": "true",  # a random student is never right, and shall teach itself
+        "train.lora_r": "4",
+        "train.lora_alpha": "8",
+        "eval.max_new_tokens": "12",
+        "eval.slots": "20",
+        "eval.n_bootstrap": "200",
     }
-    fewer = {"problems": {"limit": 12}}
-
-    def smaller_step(step: Step) -> Step:
-        settings = merged(step.settings, fewer if "problems" in step.settings else {})
-        for eval_set in settings.get("eval_sets", []):
-            eval_set["limit"] = 12
-        return step.model_copy(update={"settings": settings})
-
-    series = series.model_copy(
-        update={
-            "study": merged(series.study, smaller),
-            "steps": [smaller_step(s) for s in series.steps],
-        }
-    )
-    assert (
-        run_series(series, DATA, tmp_path / "out", ["self-samples"], tmp_path / "out.tar.gz") == {}
-    )
-    recording = tmp_path / "out" / "self.jsonl"
+    assert run(series, DATA, out, "self-samples", **changes) == (0, {})
+    recording = out / "self.jsonl"
     assert len(recording.read_text().splitlines()) == 12
-    recording.write_text(
-        recording.read_text().replace('"length"', '"stop"')
-    )  # a random student never comes to an end
-    chosen: list[Row] = []
-    for row in rows_of(series):
-        known = {
-            name
-            for other in chosen
-            if other.variant != "base"
-            for name in (other.study, other.variant)
-        }
-        chosen += [row] if row.variant == "base" or not {row.study, row.variant} <= known else []
-    assert (
-        run_series(
-            series, DATA, tmp_path / "out", [row.name for row in chosen], tmp_path / "rest.tar.gz"
-        )
-        == {}
-    )
-    table = rows_table(series, tmp_path / "out")
+    whole = recording.read_text().replace('"length"', '"stop"')
+    recording.write_text(whole)  # a random student never comes to an end
+    chosen: list = []
+    for row in load_series(series).rows:
+        known = {name for r in chosen if r.variant != "base" for name in (r.study.name, r.variant)}
+        is_new = row.variant == "base" or not {row.study.name, row.variant} <= known
+        chosen += [row] if is_new else []
+    assert run(series, DATA, out, *(row.name for row in chosen), **changes) == (0, {})
+    table = rows_table(load_series(series, DATA, out))
     table = table[table["state"] == "run"]
-    assert len(table) == len(chosen) and set(table["student"]) == {
-        row.variant for row in rows_of(series)
-    }
-    assert (
-        table[table["student"] == "base"].groupby("study")["n"].first().drop("self-samples") == 20
-    ).all()
-    once = {
-        read_json(p)["finished_at"]
-        for p in (tmp_path / "out").glob("*/evals/base/gsm8k.stage.json")
-    }
-    assert len(once) == 1, "one untrained student, scored once"
-    facts = [
-        read_json(p)["facts"]["answers_from"]
-        for p in (tmp_path / "out").glob("*/evals/*/gsm8k-platinum.stage.json")
-    ]
-    assert set(facts) == {"gsm8k"} and len(facts) == len(table) - 1
-    merge_results(tmp_path / "there", [tmp_path / "rest.tar.gz", tmp_path / "out.tar.gz"])
-    assert scores(tmp_path / "there") == scores(tmp_path / "out")
+    assert len(table) == len(chosen)
+    bases = table[table["student"] == "base"].groupby("study")["n"].first()
+    assert (bases.drop("self-samples") == 20).all()
+    ends = {read_json(p)["finished_at"] for p in out.glob("*/evals/base/gsm8k.stage.json")}
+    assert len(ends) == 1, "one untrained student, scored once"
+    regraded = list(out.glob("*/evals/*/gsm8k-platinum.stage.json"))
+    assert {read_json(p)["facts"]["answers_from"] for p in regraded} == {"gsm8k"}
+    assert len(regraded) == len(table) - 1
+    merge(tmp_path / "there", [out])
+    assert scores(tmp_path / "there") == scores(out)

@@ -4,6 +4,7 @@ from"""
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,14 +14,16 @@ import psutil
 import pytest
 from tiny_student import make_student
 
-from cot_distill.batch.run import compare_runs
+from cot_distill.batch.compare import compare_runs, compare_sources
+from cot_distill.cli import main
 from cot_distill.core.config import StudyConfig, load_study, parse_study, to_toml
-from cot_distill.core.files import read_json, read_parquet, write_json
+from cot_distill.core.files import read_json, read_parquet, write_json, write_parquet
 from cot_distill.core.runs import RunFolder, open_run
 from cot_distill.eval import run_eval
 from cot_distill.generate import run_generate
 from cot_distill.reading.results import write_results
 from cot_distill.train import run_train
+from cot_distill.web.freeze import freeze
 
 TEACHERS = {
     "human": {"provider": "human"},
@@ -96,25 +99,51 @@ def test_same_config_same_seed_same_numbers(
     for variant in ("base", *TEACHERS):
         answers = [read_parquet(run.eval_file(variant, "two-step")) for run in (first, again)]
         assert answers[0].equals(answers[1])
-    assert compare_runs(first.path, again.path) == {
-        "settings": {},
-        "provenance": {},
-        "stages": {},
-        "results": {},
-    }
+    assert compare_runs(first.path, again.path) == []
+    assert compare_sources(first.path, again.path) == {}
+    frozen = tmp_path / "frozen"
+    freeze(again.path, frozen, texts=False)
+    assert compare_runs(first.path, frozen) == [], "a frozen copy without texts reproduces it"
+    assert call_cli("diff", first.path, frozen) == 0
+
+
+def call_cli(*words: object) -> int:
+    "Exit code of the command line"
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    return left.value.code or 0
+
+
+def test_what_differs_is_told_the_largest_first(
+    first: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = RunFolder(tmp_path / "other")
+    shutil.copytree(first.path, other.path)
+    for variant, n in (("base", 1), ("human", 3)):
+        path = other.eval_file(variant, "two-step")
+        table = read_parquet(path)
+        table.loc[: n - 1, "is_correct"] = ~table.loc[: n - 1, "is_correct"]
+        write_parquet(path, table)
+    found = compare_runs(first.path, other.path)
+    assert [one.what.partition(":")[0] for one in found] == [
+        "human on two-step",
+        "base on two-step",
+    ]
+    assert "3 of" in found[0].what
+    assert call_cli("diff", first.path, other.path) == 1
+    assert capsys.readouterr().out.startswith("human on two-step")
 
 
 def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Path) -> None:
     other = complete(study_of(student, seed=1), tmp_path / "whole")
     found = compare_runs(first.path, other.path)
-    assert found["settings"] == {"seed": (0, 1)}
+    assert (found[0].what, found[0].a, found[0].b) == ("seed", 0, 1)
     assert losses(first, "human") != losses(other, "human")
-    assert found["stages"]["train/human.inputs.seed"] == (0, 1)
     facts = read_json(other.run_json)
     for stage in facts["stages"].values():
         stage["provenance"]["packages"]["torch"] = "9.9"
     write_json(other.run_json, facts)
-    assert list(compare_runs(first.path, other.path)["provenance"]) == ["packages.torch"], (
+    assert list(compare_sources(first.path, other.path)) == ["packages.torch"], (
         "said once, not once a stage"
     )
 

@@ -866,6 +866,7 @@ def test_a_new_provider_is_one_class(tmp_path, monkeypatch):
     from cot_distill import teachers
     from cot_distill.asking.replies import Answer
     from cot_distill.batch.plan import plan_jobs
+    from cot_distill.batch.series import Row, Series
     from cot_distill.core.runs import open_run
     from cot_distill.doctor import check_keys, check_providers
 
@@ -884,7 +885,8 @@ def test_a_new_provider_is_one_class(tmp_path, monkeypatch):
     monkeypatch.setitem(teachers.PROVIDERS, "oracle", Oracle)
     study = make_study("", n=3, teacher={"provider": "oracle", "model": "delphi", "base_url": None})
     run = open_run(tmp_path / "run", study)
-    assert [j.lane for j in plan_jobs(study, run) if j.stage == "generate"] == ["compute"]
+    series = Series("t", [Row(study, "t")], run.path)
+    assert [j.lane for j in plan_jobs(series) if j.stage == "generate"] == ["compute"]
     assert [(f.state, f.found) for f in check_keys(study)] == [("fail", "ORACLE_API_KEY")]
     assert check_providers(study) == []
     told = quote(study)["t"]

@@ -18,67 +18,63 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .plan import Job, estimate_seconds, is_done
-from ..core.config import StudyConfig
+from .plan import Job, estimate_seconds, find_done
+from .series import Estimate
 from ..core.errors import exit_code_of
 from ..core.runs import RunFolder, recorded_stages
 
 if TYPE_CHECKING:
-    from cot_distill.batch.executors import Work
+    from cot_distill.batch.executors import RunningJob
 
 # %% ../../nbs/batch/view.ipynb #c4690bec
 @dataclass
 class Batch:
-    "Jobs of one study and how far they are"
+    "Jobs of a study or a series, and how far they are"
 
-    study: StudyConfig
-    run: RunFolder
+    name: str  # of the study or the series
+    folder: Path  # the run folder, or the series' folder of them
     nbs: Path  # folder of the notebooks
     jobs: list[Job]
+    reports: bool = True  # whether jobs leave executed notebooks
+    stated: Estimate | None = None  # rates that a series states
     states: dict[str, str] = field(default_factory=dict)  # name of a job -> state
-    works: dict[str, "Work"] = field(default_factory=dict)  # running ones
+    running: dict[str, "RunningJob"] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)  # monotonic seconds
     wall_s: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome of failed ones
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each notebook gets
-    found: dict[str, dict[str, Any] | None] = field(
-        default_factory=dict
-    )  # what a job without a variant read, as it was when it began
-    estimates: dict[str, float | None] = field(
-        default_factory=dict
-    )  # name of a job -> seconds, from before the start
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # what a notebook gets
+    found: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # `once_inputs`
+    estimates: dict[str, float | None] = field(default_factory=dict)  # from before the start
     places: int = 1  # compute jobs side by side
     stop_signal: int = 0  # 0 while nobody wants to stop
     n_signals: int = 0
 
     def __post_init__(self):
-        for (
-            job
-        ) in self.jobs:  # what follows something that is due is not done yet, whatever lies there
-            settled = all(self.states.get(name, "done") == "done" for name in job.needs + job.after)
-            self.states[job.name] = (
-                "done" if settled and is_done(self.study, self.run, job) else "waiting"
-            )
+        done = find_done(self.jobs, self.reports)
+        for job in self.jobs:
+            self.states[job.name] = "done" if job.name in done else "waiting"
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         "Whether nothing is left to wait for"
-        return not self.works and "waiting" not in self.states.values()
+        return not self.running and "waiting" not in self.states.values()
+
+    @property
+    def runs(self) -> list[RunFolder]:
+        "The run folders of all studies"
+        return list({str(job.run.path): job.run for job in self.jobs}.values())
 
 # %% ../../nbs/batch/view.ipynb #755142c1
 def error_sentence(
     job: Job,
     outcome: Mapping[str, Any],  # of a failed job
-    report: Path | None,  # its partial report
-    log: Path,  # what its process printed
 ) -> str:  # one line
     "Why a job failed, and where to read more"
     text = " ".join(str(outcome.get("evalue") or "no message").split())
-    if outcome["ename"] == "KeyboardInterrupt":
-        return f"{job.name} was interrupted; run the same command to go on (report: {report})"
     ours = outcome["ename"] in ("InputError", "ResumeLater", "Interrupted", "ProcessDied")
     why = text if ours else f"{outcome['ename']}: {text}"
-    where = f"report: {report}" if report and report.exists() else f"log: {log}"
+    is_read = job.report and job.report.exists()
+    where = f"report: {job.report}" if is_read else f"log: {job.log('.txt')}"
     return f"{job.name} failed: {why[:400]} ({where})"
 
 
@@ -100,10 +96,10 @@ def clock(
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 # %% ../../nbs/batch/view.ipynb #308ca2e7
-def _status(batch: Batch, job: Job) -> dict[str, Any]:
+def _status(job: Job) -> dict[str, Any]:
     "What a running stage last wrote about itself"
     try:
-        return json.loads(batch.run.progress(job.stage, job.variant).read_text(encoding="utf-8"))
+        return json.loads(job.run.progress(job.stage, job.variant).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -113,7 +109,7 @@ def running_line(
     job: Job,
 ) -> str:
     "One running job: how far, how fast, how long still, what it has spent"
-    status, ran_s = _status(batch, job), time.monotonic() - batch.started[job.name]
+    status, ran_s = _status(job), time.monotonic() - batch.started[job.name]
     if not status.get("total"):
         return f"{job.name}: {clock(ran_s)}"
     parts = [
@@ -161,7 +157,7 @@ def _cell(batch: Batch, job: Job | None) -> Text:
         return Text("")
     state, text = batch.states[job.name], ""
     if state == "running":
-        status = _status(batch, job)
+        status = _status(job)
         text = clock(time.monotonic() - batch.started[job.name])
         if status.get("total"):
             text = f"{100 * status['done'] / status['total']:.0f} %" + (
@@ -183,8 +179,8 @@ def seconds_left(
         if batch.states[job.name] not in ("waiting", "running"):
             continue
         seconds = batch.estimates.get(job.name)
-        if job.name in batch.works:
-            eta = _status(batch, job).get("eta_s")
+        if job.name in batch.running:
+            eta = _status(job).get("eta_s")
             seconds = (
                 eta
                 if eta is not None
@@ -205,98 +201,79 @@ def seconds_left(
 def batch_table(
     batch: Batch,
 ) -> Group:  # for rich: the table, a line for each running job, the study's own jobs
-    "Stage by teacher, as it stands now"
-    left = (
-        ""
-        if batch.over or (seconds := seconds_left(batch)) is None
-        else f", about {clock(seconds)} left"
-    )
-    table = Table(
-        title=f"study {batch.study.name}{left}",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    "Stage by student, as it stands now; of a series the rows that are being worked on"
+    left = "" if batch.is_over or (s := seconds_left(batch)) is None else f", {clock(s)} left"
+    table = _plain_table(f"{batch.name}{left}")
     for heading in ("student of", "generate", "train", "eval", "dollars"):
         table.add_column(heading, justify="right" if heading == "dollars" else "left", no_wrap=True)
+    rows: dict[str, dict[str, Job]] = {}
+    for job in [job for job in batch.jobs if job.variant]:
+        label = f"{job.series}/{job.variant}" if job.series else job.variant
+        rows.setdefault(label, {})[job.stage] = job
+    for label, row in rows.items():
+        if any(job.series for job in row.values()) and not _is_lively(batch, row.values()):
+            continue
+        usd = _dollars(row.get("generate"))
+        cells = [_cell(batch, row.get(stage)) for stage in ("generate", "train", "eval")]
+        table.add_row(Text(label), *cells, "" if usd is None else f"{usd:.4f}")
+    once = [job for job in batch.jobs if not job.variant and not job.series]
+    line = Text("   ").join(Text(f"{job.stage} ") + _cell(batch, job) for job in once)
     jobs = {job.name: job for job in batch.jobs}
-    for variant in dict.fromkeys(job.variant for job in batch.jobs if job.variant):
-        usd = _dollars(batch, variant)
-        cells = [
-            _cell(batch, jobs.get(f"{stage} {variant}")) for stage in ("generate", "train", "eval")
-        ]
-        table.add_row(Text(variant), *cells, "" if usd is None else f"{usd:.4f}")
-    once = Text("   ").join(
-        Text(f"{job.stage} ") + _cell(batch, job) for job in batch.jobs if not job.variant
-    )
     running = [
         Text(
             f"  {running_line(batch, jobs[name])}", style="cyan", overflow="ellipsis", no_wrap=True
         )
-        for name in batch.works
+        for name in batch.running
     ]
-    return Group(table, once, *running)
+    return Group(table, line, *running)
 
 
-def _dollars(batch: Batch, variant: str) -> float | None:
-    "What a teacher has cost so far in this study"
-    job = next((j for j in batch.jobs if j.name == f"generate {variant}"), None)
+def _is_lively(batch: Batch, jobs: Iterable[Job]) -> bool:
+    "Whether something happened to a row since the start"
+    return bool({batch.states[job.name] for job in jobs} & {"running", "finished", "failed"})
+
+
+def _plain_table(title: str = "") -> Table:
+    "A table without lines, its title at the left"
+    return Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+
+
+def _dollars(job: Job | None) -> float | None:
+    "What a teacher has cost so far in its study"
     if job is None:
         return None
-    if (usd := _status(batch, job).get("usd")) is not None:
+    if (usd := _status(job).get("usd")) is not None:
         return usd
-    return recorded_stages(batch.run).get(f"generate/{variant}", {}).get("cost_usd")
+    return recorded_stages(job.run).get(f"generate/{job.variant}", {}).get("cost_usd")
 
 # %% ../../nbs/batch/view.ipynb #fbb3697a
 def results_table(
     results: Mapping[str, Any],  # results.json
-) -> Table:  # for rich
-    "Accuracy of every student with its n and interval, and the difference to base"
-    table = Table(
-        title=f"{results['study']}: {results['problem_set']}",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    for heading in (
-        "student of",
-        "accuracy",
-        "n",
-        "95 % interval",
-        "minus base",
-        "95 % interval",
-        "p (McNemar)",
-        "p (Holm)",
-        "teacher $",
-    ):
-        table.add_column(
-            heading, justify="left" if heading == "student of" else "right", no_wrap=True
-        )
-    for row in results["variants"]:
-        versus = row.get("vs_base")
-        other = ["", "", "", ""]
-        if versus:
-            other = [
-                f"{100 * versus['delta']:+.1f}",
-                _interval(versus["ci95"], "+"),
-                _p(versus["p_mcnemar"]),
-                _p(versus["p_holm"]),
-            ]
-        usd = row.get("teacher_cost_usd")
+) -> Table:  # for rich, at most 80 columns wide
+    "Accuracy of every student with its interval, and the paired difference to base"
+    rows = results["variants"]
+    same_n = len({row["n"] for row in rows}) == 1
+    n = f", n = {rows[0]['n']}" if same_n else ""
+    table = _plain_table(f"{results['study']}: {results['problem_set']}{n}")
+    headings = ["student of", *([] if same_n else ["n"]), "right, % [95 %]", "minus base"]
+    for heading in [*headings, "p (Holm)", "teacher $"]:
+        table.add_column(heading, justify="left" if heading == "student of" else "right")
+    for row in rows:
+        versus, usd = row.get("vs_base"), row.get("teacher_cost_usd")
         table.add_row(
             row["variant"],
-            f"{100 * row['accuracy']:.1f} %",
-            str(row["n"]),
-            _interval(row["ci95"]),
-            *other,
+            *([] if same_n else [str(row["n"])]),
+            f"{100 * row['accuracy']:.1f} {_interval(row['ci95'])}",
+            f"{100 * versus['delta']:+.1f} {_interval(versus['ci95'])}" if versus else "",
+            _p(versus["p_holm"]) if versus else "",
             "" if usd is None else f"{usd:.2f}",
         )
     return table
 
 
-def _interval(bounds: Iterable[float], sign: str = "") -> str:
+def _interval(bounds: Iterable[float]) -> str:
     "Two fractions as percent"
-    return " to ".join(f"{100 * bound:{sign}.1f}" for bound in bounds)
+    return "[" + ", ".join(f"{100 * bound:.1f}" for bound in bounds) + "]"
 
 
 def _p(value: float | None) -> str:
@@ -311,11 +288,8 @@ def plan_report(
     "The plan with its estimates, as `--dry-run` shows it; the batch keeps them for its live table"
     rows = []
     for job in batch.jobs:
-        seconds, measured = (
-            (0.0, True)
-            if batch.states[job.name] == "done"
-            else estimate_seconds(job, batch.study, batch.run, gpu)
-        )
+        is_due = batch.states[job.name] != "done"
+        seconds, measured = estimate_seconds(job, gpu, batch.stated) if is_due else (0.0, True)
         batch.estimates[job.name] = seconds
         rows.append(
             {
@@ -332,32 +306,20 @@ def plan_report(
 def plan_table(
     rows: list[dict[str, Any]],  # from `plan_report`
     seconds: float | None = None,  # all of it, from `seconds_left`
-    quotes: Mapping[str, float | None]
-    | None = None,  # teacher -> dollars, for those that are paid; None: unknown
+    quotes: Mapping[str, float | None] | None = None,  # job -> dollars; None: unknown
 ) -> Table:  # for rich
     "The plan for a person"
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = _plain_table()
     for heading in ("job", "state", "time", "dollars"):
-        table.add_column(
-            heading, justify="left" if heading in ("job", "state") else "right", no_wrap=True
-        )
+        side = "left" if heading in ("job", "state") else "right"
+        table.add_column(heading, justify=side, no_wrap=True)
     for row in rows:
-        took = (
-            "?"
-            if row["seconds"] is None
-            else clock(row["seconds"]) + ("" if row["measured"] else " (rough)")
-        )
-        usd = (
-            (quotes or {}).get(row["job"].removeprefix("generate "))
-            if row["job"].startswith("generate ") and row["state"] != "done"
-            else None
-        )
-        table.add_row(
-            row["job"],
-            row["state"],
-            "" if row["state"] in ("done", "finished") else took,
-            "" if usd is None else f"{usd:.2f}",
-        )
+        is_due = row["state"] not in ("done", "finished")
+        rough = "" if row["measured"] else " (rough)"
+        took = "?" if row["seconds"] is None else clock(row["seconds"]) + rough
+        usd = (quotes or {}).get(row["job"]) if is_due else None
+        dollars = "" if usd is None else f"{usd:.2f}"
+        table.add_row(row["job"], row["state"], took if is_due else "", dollars)
     total = "?" if quotes is None else f"{sum(usd or 0.0 for usd in quotes.values()):.2f}"
     table.add_row("all of it", "", "?" if seconds is None else clock(seconds), total, style="bold")
     return table

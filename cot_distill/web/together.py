@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..batch.execute import Order, read_outcome, start_order
+from ..batch.execute import NotebookRun, read_outcome, start_notebook
 from ..core.errors import CotDistillError
 from ..core.files import atomic_path
 from ..core.runs import project_root
@@ -31,7 +31,7 @@ def analyze_together(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="together-") as private:
         parameters = {"run_dir": first, "more_runs": ", ".join(others)}
-        order = Order(
+        todo = NotebookRun(
             str(nbs / "04_analysis.ipynb"),
             str(report),
             f"{private}/outcome.json",
@@ -39,7 +39,7 @@ def analyze_together(
             str(nbs),
             private,
         )
-        outcome = read_outcome(order, start_order(order, {}, Path(private) / "log").wait())
+        outcome = read_outcome(todo, start_notebook(todo, {}, Path(private) / "log").wait())
     if outcome["state"] != "finished":
         raise CotDistillError(
             f"the analysis stopped with {outcome['ename']}: {outcome['evalue']}; see {os.path.relpath(report)}"
