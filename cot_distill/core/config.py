@@ -128,16 +128,19 @@ class TeacherConfig(Part):
 class GenerateConfig(Part):
     "How teachers are asked, and which of their answers are kept"
 
-    prompt_template: str = "{question}\n\nSolve the problem step by step. End with a line '#### <answer>', the number alone."
+    prompt_template: str = (
+        "{question}\n\nSolve the problem step by step. "
+        "End with a line '#### <answer>', the number alone."
+    )
     system_prompt: str | None = None
     n_samples: int = Field(1, ge=1)  # completions a problem
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1)  # completion cap of the first try
     keep_wrong: bool = False  # keep rationales whose answer differs from the reference
-    block_ngram: int | None = Field(
-        None, ge=0
-    )  # words shared with a test question that drop a rationale; None: 13, or 0 (whole copies only) for generated problems
+    # words shared with a test question that drop a rationale; 0: whole copies only;
+    # None: 13, and 0 for generated problems
+    block_ngram: int | None = Field(None, ge=0)
     max_usd: float | None = Pace(None, ge=0)  # hard cap a teacher, checked before each send
     max_requests: int | None = Pace(None, ge=1)  # hard cap a teacher
     max_attempts: int = Pace(6, ge=1)  # sends a request at most
@@ -234,7 +237,8 @@ class StudyConfig(RootedPart):
         for teacher_id in self.teachers:
             if teacher_id == "base" or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", teacher_id):
                 raise ValueError(
-                    f"teacher {teacher_id!r} cannot be a folder name (or is 'base', the untrained student)"
+                    f"teacher {teacher_id!r} cannot be a folder name "
+                    "(or is 'base', the untrained student)"
                 )
         names = [s.name for s in self.eval_sets]
         if len(set(names)) < len(names):
@@ -254,7 +258,8 @@ class StudyConfig(RootedPart):
         "Settings of one teacher; raises `InputError` with the nearest known name"
         if teacher_id not in self.teachers:
             raise InputError(
-                f"unknown teacher {teacher_id!r} in study {self.name!r}{_nearest(teacher_id, self.teachers)}; known: {', '.join(self.teachers)}"
+                f"unknown teacher {teacher_id!r} in study {self.name!r}"
+                f"{_nearest(teacher_id, self.teachers)}; known: {', '.join(self.teachers)}"
             )
         return self.teachers[teacher_id]
 
@@ -279,7 +284,8 @@ class StudyConfig(RootedPart):
         if name not in known:
             self.teacher(name.rpartition(".seed")[0] or name)
             raise InputError(
-                f"study {self.name!r} has no student {name!r}{_nearest(name, known)}; repeats = {self.repeats} gives: {', '.join(known)}"
+                f"study {self.name!r} has no student {name!r}{_nearest(name, known)}; "
+                f"repeats = {self.repeats} gives: {', '.join(known)}"
             )
         return known[name]
 
@@ -320,7 +326,8 @@ def _sentence(error: dict) -> str:
     where = ".".join(str(x) for x in error["loc"]) or "study"
     if error["type"] == "extra_forbidden":
         known = _part_at(error["loc"])
-        return f"unknown key {where!r}{_nearest(error['loc'][-1], known) or '; known here: ' + ', '.join(known)}"
+        hint = _nearest(error["loc"][-1], known) or f"; known here: {', '.join(known)}"
+        return f"unknown key {where!r}{hint}"
     if error["type"] == "missing":
         return f"{where!r} is missing"
     return f"{where!r}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r:.80})"
@@ -361,7 +368,7 @@ def read_toml(
         raise InputError(f"{path} is like itself; `like` names another file")
     return overlay(_move_paths(read_toml(other, what, hint), other.parent, path.parent), data)
 
-
+# %% ../../nbs/core/config.ipynb #0267c1e1
 def overlay(
     old: Mapping[str, Any],  # nested settings
     new: Mapping[str, Any],  # what differs
@@ -413,7 +420,7 @@ def override_settings(
         _set_key(data, key, value, base_dir)
     return data
 
-
+# %% ../../nbs/core/config.ipynb #60baa9d0
 def _set_key(data: dict, key: str, value: str, base_dir: Path) -> None:
     "Apply one override in place; a path is given relative to the working directory"
     names, parsed = _dotted(key, value)

@@ -54,7 +54,8 @@ def _disk_error(err: OSError, path: Path) -> Exception:
     if err.errno not in reasons:
         return err
     return InputError(
-        f"{path} could not be written: {reasons[err.errno]}; what was there before is unharmed; make room and run the same command again"
+        f"{path} could not be written: {reasons[err.errno]}; what was there before is unharmed; "
+        "make room and run the same command again"
     )
 
 # %% ../../nbs/core/files.ipynb #a969d357
@@ -110,7 +111,8 @@ def read_parquet(
         raise InputError(f"{path} is not there; run the stage that writes it") from None
     except (pyarrow.ArrowException, OSError) as err:
         raise InputError(
-            f"{path} is not whole parquet ({str(err)[:80]}); delete it and run its stage again: nothing is paid for twice"
+            f"{path} is not whole parquet ({str(err)[:80]}); "
+            "delete it and run its stage again: nothing is paid for twice"
         ) from None
 
 # %% ../../nbs/core/files.ipynb #879f63be
@@ -167,7 +169,7 @@ def seal(
             os.fsync(file.fileno())
     write_json(folder / SEAL, {str(p.relative_to(folder)): sha256_of(p) for p in files})
 
-
+# %% ../../nbs/core/files.ipynb #18a3242e
 def fault_of(
     folder: str | Path,
 ) -> str | None:  # what is wrong with it; None when it is whole

@@ -143,7 +143,7 @@ def gguf_file(
         raise InputError(f"student.model: no GGUF file at {model}")
     return Path(model).expanduser()
 
-
+# %% ../../nbs/core/inputs.ipynb #6b360623
 def dtype_of(
     cfg: StudentConfig,
 ) -> str:  # `bfloat16` or `float32`
@@ -343,7 +343,7 @@ def _train_inputs(
         "seed": seed,
     }
 
-
+# %% ../../nbs/core/inputs.ipynb #79545db9
 def _eval_inputs(
     study: StudyConfig,
     variant: str,
@@ -390,7 +390,7 @@ def check_stage(
     whole = fault_in(marker.parent, found.get("outputs", {})) is None
     return "done" if found["state"] == "finished" and whole else "resume"
 
-
+# %% ../../nbs/core/inputs.ipynb #fb9a0136
 def begin_stage(
     folder: str | Path,  # where the stage's output goes
     stage: str,  # such as `train`

@@ -91,7 +91,7 @@ def project_root(
         here,
     )
 
-
+# %% ../../nbs/core/runs.ipynb #eb3ae9ac
 def open_run(
     run_dir: str | Path | None,  # None or "": `runs/<study's name>` in the project
     study: StudyConfig,
@@ -135,21 +135,6 @@ def study_in(
     return moved
 
 
-def with_dtype(
-    study: StudyConfig,
-    dtype: str = "auto",  # what `auto` comes to; `auto`: the machine's fastest
-) -> StudyConfig:  # the same study where its type is settled
-    "Put a compute type in place of `auto`"
-    if study.student.dtype != "auto":
-        return study
-    if dtype == "auto":
-        dtype = fastest_dtype(study.student.device)
-    student = study.student.model_copy(update={"dtype": dtype})
-    settled = study.model_copy(update={"student": student})
-    settled._base_dir = study._base_dir
-    return settled
-
-
 def _check_same(run: RunFolder, old: StudyConfig, new: StudyConfig) -> None:
     "Refuse a study that changes what an earlier call in this folder has used"
     changes = difference(*(study_settings(study) for study in (old, new)))
@@ -170,11 +155,26 @@ def _check_same(run: RunFolder, old: StudyConfig, new: StudyConfig) -> None:
             if marker.exists():
                 check_stage(marker, stage_inputs(new, stage, variant, run, eval_set))
 
+# %% ../../nbs/core/runs.ipynb #7c17d097
+def with_dtype(
+    study: StudyConfig,
+    dtype: str = "auto",  # what `auto` comes to; `auto`: the machine's fastest
+) -> StudyConfig:  # the same study where its type is settled
+    "Put a compute type in place of `auto`"
+    if study.student.dtype != "auto":
+        return study
+    if dtype == "auto":
+        dtype = fastest_dtype(study.student.device)
+    student = study.student.model_copy(update={"dtype": dtype})
+    settled = study.model_copy(update={"student": student})
+    settled._base_dir = study._base_dir
+    return settled
+
 # %% ../../nbs/core/runs.ipynb #2ca6e008
 def chapter_path(
     path: str | Path,  # as a chapter names it
 ) -> Path:  # unchanged when nothing is there
-    "A path seen from here, else from the notebooks or the folder of the project we are in, else of the one the library lies in"
+    "A path seen from here, else from the notebooks or the folder of the project or the library"
     library = Path(__file__).resolve().parents[2] if "__file__" in globals() else project_root()
     places = (Path(), project_root() / "nbs", project_root(), library / "nbs", library)
     return next((found for place in places if (found := place / path).exists()), Path(path))
@@ -267,7 +267,7 @@ def usable_cores() -> int:  # at least 1
 
 
 def gpu_names() -> list[str]:
-    "GPUs by the driver's own tool, so that nobody has to load torch to know them; none where there is no driver"
+    "GPUs by the driver's own tool, without loading torch; none where there is no driver"
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
@@ -350,7 +350,7 @@ def write_run_json(
     run: RunFolder,
     stages: Mapping[str, Mapping[str, Any]],  # `stage/variant` -> facts
 ) -> None:
-    "Write `run.json` whole: the resolved study, every stage, what they took together; the caller holds `.run.lock`"
+    "Write `run.json` whole: study, stages, what they took; the caller holds `.run.lock`"
     study = (
         tomllib.loads(run.config_file.read_text(encoding="utf-8"))
         if run.config_file.exists()
@@ -363,7 +363,7 @@ def write_run_json(
     jobs = {"jobs": known} if (known := recorded_jobs(run)) else {}
     write_json(run.run_json, {"study": study, "stages": dict(stages), "totals": totals} | jobs)
 
-
+# %% ../../nbs/core/runs.ipynb #22e68029
 def recorded_stages(
     run: RunFolder,
 ) -> dict[str, dict[str, Any]]:  # `stage/variant` -> facts; empty before the first stage has ended
