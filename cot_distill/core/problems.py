@@ -18,10 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .generators import gsm_symbolic_rows, two_step_rows
-
 from .config import EvalSetConfig, ProblemsConfig, StudyConfig, is_path
 from .errors import InputError
+from .generators import gsm_symbolic_rows, two_step_rows
 
 # %% ../../nbs/core/problems.ipynb #eb3afd9e
 @dataclass(frozen=True, slots=True)

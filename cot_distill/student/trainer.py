@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from ..core.config import StudentConfig, TrainConfig
 from ..core.errors import CotDistillError, InputError, handle_signals
 from ..core.files import seal
+from ..core.inputs import dtype_of
 from ..core.progress import Progress
 from .checkpoints import checkpoints_in, keep_newest
-from .model import device_of, dtype_of
+from .model import device_of
 from cot_distill.student.packing import (
     Batch,
     Example,
