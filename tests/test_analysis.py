@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_run import make_run
 from matplotlib.figure import Figure
+from places import ROOT
 
 from cot_distill import analysis
 from cot_distill.core.errors import InputError
@@ -37,7 +38,6 @@ from cot_distill.reading.mistakes import (
 from cot_distill.reading.words import draw, percent, say
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "reports" / "original-study"
 
 

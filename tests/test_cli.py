@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from stand_ins import make_project, names, orders
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
 COMMANDS = "run generate train eval analyze quote doctor site diff merge freeze init".split()
 

@@ -11,8 +11,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "cot_distill").rglob("*.py"))
 FLOORS = [
     {"core"},

@@ -14,12 +14,12 @@ import papermill
 import pytest
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
+from places import ROOT
 from tiny_student import make_student, make_study, write_rationales
 
 from cot_distill.core.runs import open_run
 from cot_distill.train import run_train
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import ROOT
 from tiny_student import make_student
 
 from cot_distill.batch.compare import compare_runs, compare_sources
@@ -249,7 +250,6 @@ def test_one_student_on_two_processes(student: Path, first: RunFolder, tmp_path:
     ), "done already, not made again"
 
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [
     Path(sys.executable).parent / "cot-distill",
     "run",

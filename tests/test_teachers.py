@@ -19,6 +19,7 @@ from asked import HELPERS, make_study
 from faulty_server import FaultyServer, Reply, completion, error, gemini_reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import DATA
 
 from cot_distill.asking.keys import read_key, redact
 from cot_distill.asking.loop import answer_columns, cost_usd
@@ -626,16 +627,8 @@ def test_a_recording_of_other_problems(tmp_path):
         run_generate(recorded_study(path), "t", RunFolder(tmp_path / "run"))
 
 
-def data_folder() -> Path | None:
-    places = [
-        os.environ.get("COT_DISTILL_DATA"),
-        Path(__file__).resolve().parents[2] / "shared" / "data",
-    ]
-    return next((Path(p) for p in places if p and Path(p, "teachers").is_dir()), None)
-
-
 @pytest.mark.skipif(
-    data_folder() is None,
+    not (DATA / "teachers").is_dir(),
     reason="set COT_DISTILL_DATA to the folder with GSM8K and the recorded hosted teachers",
 )
 @pytest.mark.parametrize(
@@ -649,7 +642,7 @@ def data_folder() -> Path | None:
 )
 def test_recorded_hosted_teachers(tmp_path, name, share):
     "A thousand answers of each, matched and graded: the shares of right ones are known"
-    data = data_folder()
+    data = DATA
     study = parse_study(
         {
             "name": "g",

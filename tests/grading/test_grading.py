@@ -2,17 +2,16 @@
 text"""
 
 import json
-import os
 import sys
 import time
 import unicodedata
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from grading_cases import CASES, TRUNCATED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import DATA
 
 from cot_distill.grading import (
     RULES,
@@ -25,7 +24,6 @@ from cot_distill.grading import (
 )
 from cot_distill.grading.numbers import exact_number, read_answer
 
-DATA = Path(os.environ.get("COT_DISTILL_DATA", Path(__file__).resolve().parents[2] / "shared/data"))
 EQUAL_TO_GOLD = {
     "gpt-4o-mini": 900,
     "gpt-4o": 946,

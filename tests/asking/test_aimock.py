@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from asked import attempts, make_study
+from places import ROOT
 
 from cot_distill.asking.replies import Question
 from cot_distill.core.config import TeacherConfig
@@ -26,9 +27,7 @@ from cot_distill.core.runs import RunFolder
 from cot_distill.generate import run_generate
 from cot_distill.teachers import GeminiTeacher
 
-SERVER = (
-    Path(__file__).parent / "mock" / "node_modules" / "@copilotkit" / "aimock" / "dist" / "cli.js"
-)
+SERVER = ROOT / "tests" / "mock" / "node_modules" / "@copilotkit" / "aimock" / "dist" / "cli.js"
 pytestmark = pytest.mark.skipif(
     not (shutil.which("node") and SERVER.is_file()),
     reason="needs Node 20 and the mock server: make mock",

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import ROOT
 
 from cot_distill.core.config import difference, load_study, parse_study, to_toml, with_limit
 from cot_distill.core.errors import InputError
 
-FOUND = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
+FOUND = sorted((ROOT / "configs").rglob("*.toml"))
 CONFIGS = [path for path in FOUND if "steps" not in tomllib.loads(path.read_text())]
 TINY = {
     "name": "tiny",

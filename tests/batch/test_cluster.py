@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from places import ROOT
 from rich.console import Console
 from stand_ins import NO_PAGES, make_project, names, orders, results, run, seen
 
@@ -17,7 +18,6 @@ from cot_distill.batch.run import prepare_batch, run_prepared
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
 RENTAL = ROOT / "configs/rent-a-gpu.sky.yaml"
 
 

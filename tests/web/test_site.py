@@ -17,6 +17,7 @@ import yaml
 from bs4 import BeautifulSoup
 from made_run import make_run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from places import ROOT
 
 from cot_distill.core.errors import InputError
 from cot_distill.core.runs import RunFolder
@@ -28,7 +29,6 @@ from cot_distill.web.run_pages import render_reports
 from cot_distill.web.safety import refuse_to_publish, safe_html, scan_text, visible
 from cot_distill.web.site import make_site, stage_site
 
-ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
     "<script>window.broken = 1</script><img src=x onerror='window.broken=1'> \x1b[31mred\x1b[2J "
     "\u202e24 = 42\u202c $x$ ]]> &amp; {{ 7*7 }} {{< env HOME >}} ![x](http://x.example/x.png) "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from places import DATA, ROOT
 from rich.console import Console
 from tiny_student import make_student
 
@@ -33,8 +34,6 @@ from cot_distill.core.inputs import stage_state
 from cot_distill.core.problems import Problem, load_problems
 from cot_distill.core.runs import RunFolder
 from cot_distill.teachers import HumanTeacher
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -491,9 +490,6 @@ def test_a_human_text_in_the_student_s_own_form(solution, text):
 
 
 # --- the reference study itself, on the real data
-
-
-DATA = Path(os.environ.get("COT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.mark.slow
