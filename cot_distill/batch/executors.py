@@ -214,11 +214,11 @@ class PapermillExecutor:
 
     def __init__(self, jobs: Sequence[Job], nbs: Path, n_jobs: int | None = None):
         studies = [job.study for job in jobs]
-        billions = max(count_billions(study.student.model) for study in studies)
+        sizes = [count_billions(study.student.model) for study in studies]
         memory_gb = psutil.virtual_memory().total / 2**30
         gpus = visible_gpus([study.student.device for study in studies])
         self.nbs, self.n_started = nbs, 0
-        self.places = Places(gpus, usable_cores(), n_jobs or 99, memory_gb, 8 + 8 * billions)
+        self.places = Places(gpus, usable_cores(), n_jobs or 99, memory_gb, 8 + 8 * max(sizes))
         self.n_places, self.has_gpu = len(self.places.for_compute), bool(gpus)
         teachers = [teacher for study in studies for teacher in study.teachers.values()]
         self.secret_names = tuple({t.api_key_env for t in teachers if t.api_key_env})
