@@ -111,7 +111,7 @@ def _text_html(text: str) -> str:
     "Printed text, its terminal colours as classes"
     from nbconvert.filters import ansi2html
 
-    return f'<pre class="text">{ansi2html(text)}</pre>' if text else ""
+    return f'<pre class="text" tabindex="0">{ansi2html(text)}</pre>' if text else ""
 
 
 def _error_html(output: Any) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['INKS', 'NUMBER', 'STAGE_TITLES', 'Reports', 'PROBLEMS_SHOWN', 'INTERVALS', 'figure_svg', 'figure_html', 'table_html',
            'found_reports', 'is_stopped', 'report_title', 'page_name', 'report_links', 'report_html',
            'lone_report_html', 'problem_facts', 'problems_html', 'reports_table', 'stage_facts', 'run_facts',
-           'index_html', 'figures_html', 'render_reports']
+           'findings', 'results_html', 'index_html', 'figures_html', 'render_reports']
 
 # %% ../../nbs/web/run_pages.ipynb #1fb172db
 import base64
@@ -27,6 +27,7 @@ from ..grading import explain, is_letter
 from ..reading import figures, verdict
 from ..reading.frames import Runs, load_runs
 from ..reading.mistakes import MISTAKES, outcome_shares, with_outcomes
+from ..reading.prices import cost_table, teacher_prices
 from ..reading.words import percent
 from .pages import Link, fragment, markdown_html, notebook_html, page
 
@@ -333,6 +334,36 @@ def _stages(run: RunFolder) -> dict[str, Any]:
     "Stages in `run.json`"
     return read_json(run.run_json).get("stages", {}) if run.run_json.exists() else {}
 
+# %% ../../nbs/web/run_pages.ipynb #b7d2e604
+def findings(
+    runs: Runs,  # of one run
+) -> str:  # safe HTML
+    "What a study found: who gained, the results, and the teachers by rank with their prices"
+    main = verdict.headline(runs.results)
+    pairs = verdict.pairwise(verdict.first_set(runs.evals, runs.results))
+    found = [*verdict.gain_sentences(main), *verdict.ranking_sentences(pairs)[:1]]
+    text = markdown_html(" ".join(found) or "No trained student was scored yet.")
+    parts = [f'<div class="prose">{text}</div>', results_html(main, INTERVALS)]
+    if len(pairs):
+        costs = cost_table(main, teacher_prices(runs))
+        table = analysis.ranking_table(verdict.ranking(main, pairs), costs)
+        parts.append(table_html(table, "Teachers by what their students gained", dots=True))
+    return "".join(parts)
+
+
+INTERVALS = "95 % intervals; differences are paired, p values exact McNemar and corrected by Holm"
+
+
+def results_html(
+    rows: pd.DataFrame,  # of one problem set
+    remark: str = "",  # for the caption
+) -> str:  # safe HTML; empty without rows
+    "The results of one problem set as a table"
+    if rows.empty:
+        return ""
+    caption = f"{rows['problem_set'].iloc[0]} problems" + (f", {remark}" if remark else "")
+    return table_html(verdict.results_table(rows), caption, dots=True)
+
 # %% ../../nbs/web/run_pages.ipynb #03a3f51a
 def index_html(
     run: RunFolder,
@@ -343,9 +374,8 @@ def index_html(
     from markupsafe import Markup
 
     main, study = verdict.headline(runs.results), _study_name(run, runs)
-    sentences = verdict.gain_sentences(main) or ["No trained student was scored yet."]
     stopped = [pair for pair, path in reports.items() if is_stopped(path)]
-    tables = {"results": _results_html(main, INTERVALS)}
+    tables = {"findings": Markup(findings(runs))}
     tables["reports"] = reports_table(reports, main["variant"] if len(main) else (), stopped)
     tables["stages"] = table_html(stage_facts(run), "+ : with uncommitted changes")
     others = runs.results[~runs.results["is_headline"].astype(bool)]
@@ -357,24 +387,12 @@ def index_html(
         footer="Made from the files of this run folder; this page loads nothing from anywhere.",
         study=study,
         description=str(runs.info["description"].iloc[0] or "") if len(runs.info) else "",
-        sentences=Markup(markdown_html(" ".join(sentences))),
         figures=[Markup(figure) for figure in figures_html(runs) if figure],
-        others=[_results_html(rows) for _, rows in others.groupby("problem_set", sort=False)],
+        others=[results_html(rows) for _, rows in others.groupby("problem_set", sort=False)],
         facts=run_facts(run, runs),
         config=run.config_file.read_text(encoding="utf-8") if run.config_file.exists() else "",
         **tables,
     )
-
-
-INTERVALS = "95 % intervals; differences are paired, p values exact McNemar and corrected by Holm"
-
-
-def _results_html(rows: pd.DataFrame, remark: str = "") -> str:
-    "The results of one problem set as a table"
-    if rows.empty:
-        return ""
-    caption = f"{rows['problem_set'].iloc[0]} problems" + (f", {remark}" if remark else "")
-    return table_html(verdict.results_table(rows), caption, dots=True)
 
 
 def _study_name(run: RunFolder, runs: Runs) -> str:

@@ -29,7 +29,7 @@ from ..reading.frames import load_runs
 from ..reading.words import percent
 from .pages import asset
 from .quarto import front_matter, opening, quarto_notebook, quarto_text, raw_html
-from .run_pages import found_reports, report_title, table_html
+from .run_pages import findings, found_reports, report_title
 from .safety import refuse_to_publish
 
 # %% ../../nbs/web/site.ipynb #e2f841d2
@@ -141,13 +141,13 @@ def study_page(
     entry: Entry,  # of the study
 ) -> str:  # a Quarto page
     "The overview of one published study"
-    main = verdict.headline(load_runs([run.path]).results)
+    runs = load_runs([run.path])
+    main = verdict.headline(runs.results)
     told = "; ".join(f"{r.variant} {percent(r.accuracy, r.low, r.high)}" for r in main.itertuples())
     figure = "![Right answers by student, with 95 % intervals](accuracy.svg)"
     figure += f'{{fig-alt="Right answers by student: {told}"}}'
     parts = [
-        " ".join(verdict.gain_sentences(main)),
-        raw_html(table_html(verdict.results_table(main), dots=True)),
+        raw_html(findings(runs)),
         figure if (run.path / "accuracy.svg").exists() else "",
     ]
     return list_page(entry, parts, about(run.path)[1])
