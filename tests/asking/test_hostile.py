@@ -1,4 +1,5 @@
-"Servers and files that do what no manual mentions: nothing is lost, nothing leaks, nothing is silently wrong"
+"""Servers and files that do what no manual mentions: nothing is lost, nothing leaks, nothing is
+silently wrong"""
 
 import asyncio
 import json
@@ -362,7 +363,7 @@ def test_the_first_second_is_paced_too(tmp_path):
 
 
 def test_a_minute_holds_no_more_than_its_limit():
-    "An hour of pacing on a clock of its own, with pauses and hiccups: never more than the limit in any minute"
+    "An hour of pacing on a clock of its own: never more than the limit in any minute"
     import random
 
     from cot_distill.asking.pace import RateBudget

@@ -428,7 +428,8 @@ def test_the_inline_executor_needs_no_jupyter(whole, data, series_file, tmp_path
     shutil.rmtree(tmp_path / "out" / "fast" / "evals" / "told")
     code = (
         "import sys\n"
-        "for name in ('papermill', 'nbformat', 'nbconvert', 'nbclient', 'jupyter_client', 'IPython',"
+        "for name in ('papermill', 'nbformat', 'nbconvert', 'nbclient', 'jupyter_client', "
+        "'IPython',"
         " 'ipykernel', 'matplotlib', 'openai', 'google', 'datasets', 'bs4', 'nh3', 'dotenv'):\n"
         "    sys.modules[name] = None\n"
         "from cot_distill.cli import main\n"

@@ -188,7 +188,12 @@ def test_a_study_like_another_says_only_what_differs(tmp_path: Path) -> None:
     (tmp_path / "checks").mkdir()
     (tmp_path / "big.toml").write_text(
         "name = 'big'\n[problems]\nsource = './data/train.jsonl'\nlimit = 7\n"
-        "[[eval_sets]]\nname = 'a'\nsource = 'two-step'\n[[eval_sets]]\nname = 'b'\nsource = 'two-step'\n"
+        "[[eval_sets]]\n"
+        "name = 'a'\n"
+        "source = 'two-step'\n"
+        "[[eval_sets]]\n"
+        "name = 'b'\n"
+        "source = 'two-step'\n"
         "[teachers.human]\nprovider = 'human'\n"
     )
     small = tmp_path / "checks" / "small.toml"

@@ -70,7 +70,8 @@ finish_stage(folder, STAGE, [run.rationales(teacher)])
     "02_train": """
 folder = begin()
 done = run.student_dir(teacher) / 'step.json'
-state = json.loads(done.read_text()) if done.exists() else [0, rationales_fingerprint(run.rationales(teacher))]
+begun = [0, rationales_fingerprint(run.rationales(teacher))]
+state = json.loads(done.read_text()) if done.exists() else begun
 while state[0] < 10:
     time.sleep(orders.get('seconds', 0) / 10)
     state = [state[0] + 1, hashlib.sha256(f'{state}'.encode()).hexdigest()]

@@ -111,7 +111,7 @@ def test_slots_by_themselves_fit_work_and_memory(model: Any, monkeypatch: Any) -
 
 
 def test_groups_of_slots_read_no_more_than_they_need(model: Any, monkeypatch: Any) -> None:
-    "Slots stay in order of length, so that a group of short ones does not read a long one's columns"
+    "Slots stay in order of length: short ones do not read a long one's columns"
     monkeypatch.setattr(slots, "GROUP", 4)
     seen: list[list[int]] = []
     views_of = SlotModel.views
