@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .runs import provenance
+
 # %% ../../nbs/core/journal.ipynb #58c5a89e
 def _line(row: Mapping[str, Any]) -> bytes:
     "A row as it is written: checksum, blank, JSON"
@@ -55,3 +57,16 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.rows += rows
+
+    def note_packages(
+        self,
+        names: Iterable[str],  # packages that what is journaled depends on
+    ) -> list[str]:  # such as "peft 0.20 -> 0.21"; none where nothing changed
+        "Write down the versions of today, and say which are not those of the rows so far"
+        found = {name: v for name, v in provenance()["packages"].items() if name in names}
+        noted = [row["packages"] for row in self.rows if "packages" in row]
+        if noted[-1:] != [found]:
+            self.append([{"packages": found}])
+        before = noted[-1] if noted else found
+        changed = [name for name in names if before.get(name) != found.get(name)]
+        return [f"{name} {before.get(name)} -> {found.get(name)}" for name in changed]

@@ -107,7 +107,7 @@ def explain(
         for place in sorted(found, key=lambda place: (place.start, place.end))
     ]
 
-
+# %% ../../nbs/grading/answer.ipynb #025bdbf2
 def _because(place: Statement, chosen: Statement | None, ends: int, truncated: bool) -> str:
     "Why a place counts, or why it does not"
     if place.note:

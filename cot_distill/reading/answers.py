@@ -79,11 +79,12 @@ def _write_samples(
 def write_answers(
     folder: Path,  # `evals/<variant>`
     name: str,  # of the problem set
-    table: pd.DataFrame,  # graded, with `prompt` and `sample_idx`
-    prompts: Sequence[str],  # what the student read for each row
+    answers: Sequence[Mapping[str, Any]],  # as `graded_table` takes, with `prompt`, `sample_idx`
+    prompts: Sequence[str],  # what the student read for each
     cfg: EvalConfig,
 ) -> dict[str, Any]:  # what the marker and `results.json` are to know
-    "Write all answers; the first sample under the best prompt makes the headline table"
+    "Grade and write all answers; the first sample under the best prompt makes the headline table"
+    table = graded_table(answers, cfg.rule)
     _write_samples(folder / f"{name}.samples.jsonl", table, prompts, cfg)
     prompt = best_prompt(table)
     chosen, first = table[table["prompt"] == prompt], table[table["sample_idx"] == 0]
@@ -124,7 +125,7 @@ def answers_at_hand(
     names: Iterable[str],  # of the problem sets that may have been asked already
     problems: Sequence[Problem],
     cfg: EvalConfig,
-) -> tuple[pd.DataFrame, str] | None:  # graded table and whose answers it has; None: ask
+) -> tuple[list[dict[str, Any]], str] | None:  # answers, and whose they are; None: ask
     "A problem set answered by what another one of the same student already has"
     if cfg.temperature > 0 or cfg.n_samples > 1:
         return None
@@ -137,5 +138,5 @@ def answers_at_hand(
         groups = [group for _, group in asked.groupby("prompt", sort=False)]
         tables = [relabelled(group, problems, cfg.rule) for group in groups]
         if all(table is not None for table in tables):
-            return pd.concat(tables, ignore_index=True), name
+            return pd.concat(tables).to_dict("records"), name
     return None

@@ -258,7 +258,7 @@ def _gain_points(ax: "Axes", rows: pd.DataFrame, by: str) -> "Axes":
     ax.margins(x=0.25, y=0.15)
     return _tidy(ax)
 
-
+# %% ../../nbs/reading/figures.ipynb #b24e73cd
 def plot_gain_against(
     beside: pd.DataFrame,  # a row a teacher: gain, and properties of its texts
     by: str = "words",  # `words`, `right` or `surprise`

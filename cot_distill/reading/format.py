@@ -120,7 +120,7 @@ def _is_unit(tokens: list[tuple[str, str]], at: int) -> bool:
         and after in ("+", "-", "*", "/", "=", ")")
     )
 
-
+# %% ../../nbs/reading/format.ipynb #4aff4ca3
 def _left_side(tokens: list[tuple[str, str]], end: int) -> list[tuple[str, str]]:
     "Tokens of the sum that ends before `end`; empty when it is part of something that is no sum"
     start = end
@@ -166,7 +166,7 @@ def _equation(tokens: list[tuple[str, str]], at: int) -> Equation | None:
     )
     return Equation(expression, minus + claimed[1], value * (100 if as_percent else 1))
 
-
+# %% ../../nbs/reading/format.ipynb #9d13eb79
 def _goes_on(after: list[tuple[str, str]]) -> bool:
     "Whether the right side is more than one number, such as `26 + 1/6`, `1 hour 20` or `30x`"
     if after and (after[0][0] == "number" or after[0][1] in ("remainder", "^")):

@@ -67,7 +67,7 @@ def _flat(variant: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
         "delta_low": delta_low, "delta_high": delta_high, "p": gain.get("p_mcnemar"), "p_holm": gain.get("p_holm"), "is_paired": bool(gain),
     }  # fmt: skip
 
-
+# %% ../../nbs/reading/frames.ipynb #f9d322a2
 def _unpaired(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     "Difference of two accuracies and Newcombe's interval, for when the single answers are unknown"
     low, high = confint_proportions_2indep(
@@ -103,7 +103,7 @@ def differing_settings(
         for run, settings in flat.items()
     }
 
-
+# %% ../../nbs/reading/frames.ipynb #6c011331
 def _with_settings(info: pd.DataFrame, runs: dict[str, RunFolder]) -> pd.DataFrame:
     "The table of runs with `recipe` and `size`: what differs, in words"
     configs = {
@@ -158,7 +158,7 @@ class Runs:
             }
         )
 
-
+# %% ../../nbs/reading/frames.ipynb #ed10e19b
 def load_runs(
     run_dirs: Iterable[str | Path],  # run folders, or frozen copies of them
 ) -> Runs:
@@ -196,7 +196,7 @@ def _names(paths: list[Path]) -> list[str]:
         for own in parts
     ]
 
-
+# %% ../../nbs/reading/frames.ipynb #c3b27366
 def _stacked(runs: dict[str, RunFolder], read: Callable[[RunFolder], pd.DataFrame]) -> pd.DataFrame:
     "One table of all runs, with the run's name in front"
     tables = [table.assign(run=name) for name, run in runs.items() if len(table := read(run))]
@@ -245,7 +245,7 @@ def _is_repeat(run: RunFolder, variant: str) -> bool:
     listed = _listed(run)
     return variant not in listed and variant.rpartition(".seed")[0] in listed
 
-
+# %% ../../nbs/reading/frames.ipynb #3670e6bb
 def _in_order(run: RunFolder, found: Iterable[Path]) -> list[Path]:
     "Folders of variants without the repeats: base, then the teachers as the study lists them, then strangers"
     listed = _listed(run)
@@ -276,7 +276,7 @@ def _evals(run: RunFolder) -> pd.DataFrame:
         else pd.DataFrame(columns=EVAL_COLUMNS)
     )
 
-
+# %% ../../nbs/reading/frames.ipynb #efd6e4ff
 def _rationales(run: RunFolder) -> pd.DataFrame:
     "Graded texts of all teachers"
     files = [run.rationales(folder.name) for folder in _in_order(run, run.path.glob("teachers/*"))]
@@ -322,7 +322,7 @@ def _teachers(run: RunFolder) -> pd.DataFrame:
     ]
     return pd.DataFrame(rows, columns=TEACHER_COLUMNS)
 
-
+# %% ../../nbs/reading/frames.ipynb #1b36b214
 def _info(run: RunFolder) -> pd.DataFrame:
     "Name, description, student, commit and hardware of a run"
     config = (

@@ -116,7 +116,7 @@ def with_outcomes(
     ]
     return answers.assign(outcome=outcomes)
 
-
+# %% ../../nbs/reading/mistakes.ipynb #d5d5fb63
 def outcome_shares(
     answers: pd.DataFrame,  # answers with `outcome`
 ) -> pd.DataFrame:  # a row a student, a column an outcome, in points

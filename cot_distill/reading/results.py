@@ -191,7 +191,7 @@ def _derived(run: RunFolder, block: Mapping[str, Any]) -> dict[str, Any]:
     n_bootstrap = config.get("eval", {}).get("n_bootstrap", EvalConfig().n_bootstrap)
     return dict(block) | _block_of(name, rows, tables, n_bootstrap, config.get("seed", 0))
 
-
+# %% ../../nbs/reading/results.ipynb #8962fb75
 def _counted_again(
     row: Mapping[str, Any], table: pd.DataFrame, eval_set: str, run: RunFolder
 ) -> dict[str, Any]:

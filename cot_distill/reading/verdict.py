@@ -85,7 +85,7 @@ def _two_methods(variants: list[str]) -> str:
         f"all of them; where the two disagree, nothing is claimed."
     )
 
-
+# %% ../../nbs/reading/verdict.ipynb #09a7d956
 def student_sentence(
     row: pd.Series,  # of one student, from `result_rows`
 ) -> str:  # Markdown
@@ -139,7 +139,7 @@ def pairwise(
     corrected = holm({str(i): row["p"] for i, row in enumerate(rows)})
     return pd.DataFrame([row | {"p_holm": corrected[str(i)]} for i, row in enumerate(rows)])
 
-
+# %% ../../nbs/reading/verdict.ipynb #261f4a26
 def ranking(
     results: pd.DataFrame,  # rows of one problem set
     pairs: pd.DataFrame,  # from `pairwise`
@@ -159,7 +159,7 @@ def ranking(
     ]
     return rows.assign(rank=[1 + len(better[name]) for name in names], ties=ties)
 
-
+# %% ../../nbs/reading/verdict.ipynb #7d4cef30
 def ranking_sentences(
     pairs: pd.DataFrame,  # from `pairwise`
 ) -> list[str]:  # none with fewer than two trained students
