@@ -172,7 +172,12 @@ def plot_pairwise(
     ax: "Axes | None" = None,
 ) -> "Axes":
     "Matrix of differences between students: row minus column, with p after Holm"
-    names = list(dict.fromkeys([*pairs["first"], *pairs["second"]]))
+    ahead = (
+        pairs.groupby("first")["delta"]
+        .sum()
+        .sub(pairs.groupby("second")["delta"].sum(), fill_value=0)
+    )
+    names = list(ahead.sort_values(ascending=False, kind="stable").index)
     matrix = np.full((len(names), len(names)), np.nan)
     ax = _axes(ax, 2 * len(names), width=2.2 + 1.1 * len(names))
     for row in pairs.itertuples():
