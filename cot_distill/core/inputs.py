@@ -383,9 +383,10 @@ def check_stage(
             f"{k}: {a!r} -> {b!r}"
             for k, (a, b) in difference(found["inputs"], dict(inputs)).items()
         )
+        paid = ", with every answer in its ledger," * (marker.parent / "ledger.sqlite").exists()
         raise InputError(
             f"{marker.parent} was made with other settings or data ({changes[:600]}); "
-            "use another --run-dir, or delete that folder to make it anew"
+            f"use another --run-dir, or delete that folder{paid} to make it anew"
         )
     whole = fault_in(marker.parent, found.get("outputs", {})) is None
     return "done" if found["state"] == "finished" and whole else "resume"
