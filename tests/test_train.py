@@ -358,7 +358,7 @@ def test_little_memory_means_smaller_passes_and_too_little_is_a_sentence_before_
     monkeypatch.delenv("WORLD_SIZE")
     available["bytes"] = 10**8
     monkeypatch.setattr(
-        "cot_distill.train.load_student", lambda *args: pytest.fail("the student was loaded")
+        "cot_distill.student.training.load_student", lambda *args: pytest.fail("the student was loaded")
     )
     study, run = start("none", batch_size=4, gradient_accumulation=1)
     with pytest.raises(InputError, match="no setting makes this student fit"):
@@ -449,6 +449,33 @@ def test_run_leaves_adapter_card_and_log(start):
     before = (run.adapter("human") / "adapter_model.safetensors").stat().st_mtime_ns
     assert losses_of(run_train(study, "human", run)) == losses_of(log)
     assert (run.adapter("human") / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_adapter_folder_loads_with_peft_alone(start, student, monkeypatch):
+    "The card's three lines, run in the folder; and the base is found where its name can be resolved"
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    study, run = start(epochs=1)
+    run_train(study, "human", run)
+    folder = run.adapter("human")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+    assert settings["base_model_name_or_path"] == student.name  # never where it lies
+    names = dict(
+        AutoModelForCausalLM=AutoModelForCausalLM, AutoTokenizer=AutoTokenizer, PeftModel=PeftModel
+    )
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(folder)
+    exec(lines.replace(f'"{student.name}"', repr(str(student))), names)
+    expected = load_adapter(load_student(student_of(study))[0], folder)
+    ids = torch.tensor([names["tokenizer"]("2 + 2 =")["input_ids"]])
+    with torch.inference_mode():
+        logits = names["model"].eval()(ids).logits
+        assert torch.equal(logits, expected(ids).logits)
+        monkeypatch.chdir(student.parent)  # a name that can be resolved from here
+        found = AutoPeftModelForCausalLM.from_pretrained(folder.resolve()).eval()
+        assert torch.equal(found(ids).logits, logits)
 
 
 def test_same_seed_same_adapter_and_another_seed_another(start):

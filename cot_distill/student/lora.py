@@ -19,6 +19,7 @@ from ..core.config import StudentConfig, StudyConfig, TrainConfig
 from ..core.errors import InputError
 from ..core.files import file_fingerprint, fingerprint, seal
 from ..core.inputs import gguf_file
+from .checkpoints import whole_or_gone
 from .model import base_name, quiet
 
 if TYPE_CHECKING:
@@ -145,10 +146,11 @@ def write_adapter(
     "Save an adapter in PEFT's format with tokenizer and card, all or nothing"
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, save_embedding_layers=False)
-    tokenizer.save_pretrained(part)
-    (part / "README.md").write_text(card, encoding="utf-8")
-    seal(part)
+    with whole_or_gone(part):
+        model.save_pretrained(part, save_embedding_layers=False)
+        tokenizer.save_pretrained(part)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        seal(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
