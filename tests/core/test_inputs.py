@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from cot_distill.batch.plan import Job, is_done, plan_jobs
+from cot_distill.batch.run import prepare_batch
 from cot_distill.batch.series import Row, Series
 from cot_distill.core import config
 from cot_distill.core.config import Part, StudyConfig, kind_of, load_study, parse_study
@@ -134,6 +135,9 @@ def test_another_file_at_the_same_path_is_refused(place: Path, name: str, stages
         text = path.read_text().replace("1?", "3?").replace("was", "is")
         path.write_text(text.replace("weights", "Weights"))
     assert refused_in(study, run) == stages
+    if not name.startswith("run/"):
+        with pytest.raises(InputError, match="was made with other settings or data"):
+            prepare_batch(run.config_file, run_dir=run.path, dry=True)
     for job in [job for job in jobs_of(study, run) if job.variant]:
         if job.stage in stages and not (name.startswith("run/") and job.variant == "base"):
             with pytest.raises(InputError, match="was made with other settings or data"):
