@@ -311,7 +311,7 @@ def test_without_a_baseline_nothing_is_trained(data, tmp_path):
     series = tmp_path / "x.toml"
     series.write_text(SERIES.replace("{data}/corrected.jsonl", "{data}/none.jsonl"))
     code, failures = run(series, data, tmp_path / "out", "fast/base", "fast/human")
-    assert code == 2 and list(failures) == ["fast eval base"]
+    assert code == 2 and "no problem file" in failures["fast eval base"]
     assert not list((tmp_path / "out").glob("*/students"))
 
 
