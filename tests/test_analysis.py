@@ -471,6 +471,7 @@ def test_shares_as_text(value: float | None, text: str) -> None:
     [
         ("48/2 = <<48/2=24>>24 clips", [True]),
         (r"\(3 \times 4 = 12\)", [True]),
+        (r"\[ 60 \text{ meters/sprint} \times 3 \text{ sprints} = 180 \text{ m} \]", [True]),
         ("5 boxes * 12 apples = 60 apples", [True]),
         ("**Total**: $1,200 ÷ 4 = $300.00", [True]),
         ("10 / 3 = 3.33", [True]),

@@ -24,6 +24,7 @@ SPELLINGS = (  # after `undress`, which takes off LaTeX, markdown and fancy char
     (r"(?<=\d),(?=\d{3})", ""),
     (r"(?<=\d)\s*x\s*(?=[\d(])", " * "),
 )
+_UNIT_TEXT = re.compile(r"\\text\{[^{}]*\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
@@ -31,7 +32,7 @@ def plain_arithmetic(
     text: str,  # a completion, or a part of one
 ) -> str:  # the same with `*`, `/`, `-`, no currency signs, no thousands commas
     "A text with its arithmetic in one spelling; words are left alone"
-    text = undress(_FRACTION.sub(r"(\1)/(\2)", text))
+    text = undress(_FRACTION.sub(r"(\1)/(\2)", _UNIT_TEXT.sub(" ", text)))
     for pattern, spelling in SPELLINGS:
         text = re.sub(pattern, spelling, text)
     return text
