@@ -24,9 +24,15 @@ if TYPE_CHECKING:
     from cot_distill.core.runs import RunFolder
 
 # %% ../nbs/cli.ipynb #a4b33d9f
-CODES = "Exit codes: 0 all is well, 1 something broke, 2 the input cannot be used, 75 run it again later (quota, budget, provider down), 130 and 143 stopped by a signal."
+CODES = (
+    "Exit codes: 0 all is well, 1 something broke, 2 the input cannot be used, 75 run it again "
+    "later (quota, budget, provider down), 130 and 143 stopped by a signal."
+)
 app = typer.Typer(
-    help=f"Which teacher is worth its price? Several teachers explain, one small student learns from each, all are measured.\n\n{CODES}",
+    help=(
+        "Which teacher is worth its price? Several teachers explain, one small student learns "
+        f"from each, all are measured.\n\n{CODES}"
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -122,7 +128,9 @@ def run(
     stages: Annotated[
         str,
         typer.Option(
-            help="Only these of teachers, generate, train, eval, analyze, site; such as train,eval.",
+            help=(
+                "Only these of teachers, generate, train, eval, analyze, site; such as train,eval."
+            ),
             metavar="A,B",
             show_default="all",
         ),
@@ -174,7 +182,8 @@ def run(
 ) -> None:
     """Run a study or a series: teach, train and score every student, and make the pages.
 
-    A second call does only what is missing. Ctrl-C saves what is finished. More machines, rented ones: see the chapter "Cluster".
+    A second call does only what is missing. Ctrl-C saves what is finished. More machines, rented
+    ones: see the chapter "Ray".
 
     Example: [bold]cot-distill run configs/demo.toml[/]
 
@@ -332,7 +341,8 @@ def _open(
 
 
 def _each(names: list[str], work: Any) -> None:
-    "Do one thing for each name; one that fails does not stop the others, the worst exit code remains"
+    """Do one thing for each name; one that fails does not stop the others, the worst exit code
+    remains"""
     codes = []
     for name in names:
         try:
@@ -374,14 +384,17 @@ def train(
         bool,
         typer.Option(
             "--merge",
-            help="Also write each student with its adapter folded into the weights; trained ones are not trained again.",
+            help=(
+                "Also write each student with its adapter folded into the weights; trained ones "
+                "are not trained again."
+            ),
         ),
     ] = False,
     limit: Limit = None,
     run_dir: RunDir = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train one student on each teacher's rationales; a cut-off training goes on from its last checkpoint.
+    """Train one student on each teacher's rationales; a cut-off training goes on where it was.
 
     Example: [bold]cot-distill train configs/demo.toml --teachers human[/]
 
@@ -445,7 +458,10 @@ def analyze(
     what: Annotated[
         list[Path],
         typer.Argument(
-            help="The study's TOML file, such as configs/demo.toml; or run folders, such as runs/a runs/b, to be read together.",
+            help=(
+                "The study's TOML file, such as configs/demo.toml; or run folders, such as "
+                "runs/a runs/b, to be read together."
+            ),
             show_default=False,
             metavar="CONFIG|RUN...",
         ),
@@ -503,7 +519,8 @@ def init(
             "--teacher",
             help=(
                 "human, a hosted model such as gpt-4o-mini, a server and its model such as "
-                "http://localhost:11434/v1#qwen2.5:7b, or a file of answers; several times for several."
+                "http://localhost:11434/v1#qwen2.5:7b, or a file of answers; several times for "
+                "several."
             ),
             metavar="TEACHER",
             show_default="human",
@@ -598,7 +615,10 @@ def doctor(
     config: Annotated[
         Path | None,
         typer.Argument(
-            help="A study's TOML file, such as configs/demo.toml; without one only the machine is examined.",
+            help=(
+                "A study's TOML file, such as configs/demo.toml; without one only the machine "
+                "is examined."
+            ),
             show_default=False,
             metavar="CONFIG",
         ),
@@ -650,7 +670,7 @@ def diff(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Say whether one run reproduces another: the same settings, counts and answers. Exit code 1 when not.
+    """Say whether one run reproduces another: settings, counts and answers. Exit code 1 when not.
 
     Example: [bold]cot-distill diff runs/demo reports/demo[/]
 
@@ -681,7 +701,10 @@ def merge(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="A run folder, such as runs/demo, or a series' folder of them; made where there is none.",
+            help=(
+                "A run folder, such as runs/demo, or a series' folder of them; made where there "
+                "is none."
+            ),
             show_default=False,
             metavar="RUN",
         ),
@@ -748,7 +771,7 @@ def site(
         Path, typer.Option(help="Folder of the website, such as public.", metavar="FOLDER")
     ] = Path("_site"),
 ) -> None:
-    """Make the website from the notebooks, the published reports and the results; rendered where Quarto is installed.
+    """Make the website from notebooks, reports and results; rendered where Quarto is installed.
 
     Example: [bold]cot-distill site --out _site[/]
     """

@@ -182,7 +182,8 @@ async def ask_by_batch(
 
 # %% ../../nbs/asking/batches.ipynb #f5dacf55
 async def _reach(asking: Asking, call: Awaitable) -> Any:
-    "What a call of the batch interface returns; whatever else it raises than an error reply is told"
+    """What a call of the batch interface returns; whatever else it raises than an error reply is
+    told"""
     import openai
 
     try:

@@ -40,7 +40,8 @@ def declared_parameters(
 
     if not notebook.exists():
         raise InputError(
-            f"no notebook at {notebook}; the stages are run from a checkout of the project, with its nbs/ folder"
+            f"no notebook at {notebook}; the stages are run from a checkout of the project, "
+            "with its nbs/ folder"
         )
     if find_first_tagged_cell_index(load_notebook_node(str(notebook)), "parameters") < 0:
         return None
@@ -51,22 +52,26 @@ def check_notebook(
     notebook: Path,
     parameters: Mapping[str, Any],  # what the batch is going to pass
 ) -> None:
-    "Refuse a notebook that would not use the parameters, or asks for another kernel; raises `InputError`"
+    """Refuse a notebook that would not use the parameters, or asks for another kernel; raises
+    `InputError`"""
     declared = declared_parameters(notebook)
     if declared is None and parameters:
         raise InputError(
-            f"{notebook.name} has no cell tagged `parameters`, so it would run with its defaults whatever it is given; "
+            f"{notebook.name} has no cell tagged `parameters`, so it would run with its "
+            "defaults whatever it is given; "
             f"add the tag to the cell that sets {', '.join(parameters)}"
         )
     unknown = [name for name in parameters if name not in (declared or {})]
     if unknown:
         raise InputError(
-            f"{notebook.name} does not declare {', '.join(unknown)}; its parameters cell has: {', '.join(declared or {}) or 'nothing'}"
+            f"{notebook.name} does not declare {', '.join(unknown)}; its parameters cell has: "
+            f"{', '.join(declared or {}) or 'nothing'}"
         )
     kernel = json.loads(notebook.read_text(encoding="utf-8"))["metadata"].get("kernelspec", {})
     if kernel.get("name", "python3") != "python3" or kernel.get("language", "python") != "python":
         raise InputError(
-            f"{notebook.name} asks for the kernel {kernel['name']!r}, which is not this environment's; save it with the kernel 'python3'"
+            f"{notebook.name} asks for the kernel {kernel['name']!r}, which is not this "
+            "environment's; save it with the kernel 'python3'"
         )
 
 # %% ../../nbs/batch/execute.ipynb #10b320ad
@@ -219,7 +224,8 @@ class NotebookRun:
 def keep_report(
     todo: NotebookRun,
 ) -> None:
-    "Clean what papermill has written so far and move it to its place; nothing happens when there is nothing"
+    """Clean what papermill has written so far and move it to its place; nothing happens when there
+    is nothing"""
     if not todo.partial.exists():
         return
     text = todo.partial.read_text(encoding="utf-8")
@@ -314,7 +320,7 @@ def _write_trimmed(todo: NotebookRun) -> str:
 
 # %% ../../nbs/batch/execute.ipynb #80220d0a
 def notebook_main(
-    launcher_pid: int,  # told, not asked: a launcher that is dead by now would not be found as the parent
+    launcher_pid: int,  # told, not asked: a launcher dead by now would not be found
 ) -> None:
     "Read a `NotebookRun` on standard input, execute it, leave with its exit code"
     die_with_parent(launcher_pid)

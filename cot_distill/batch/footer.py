@@ -35,13 +35,9 @@ def footer_text(
         )
         or provenance()
     )
-    rows = (
-        {
-            "stage": f"{stage}{f' of {variant}' if variant else ''}{'' if finished else ', not finished'}"
-        }
-        | _study_row(run)
-        | _source_rows(source)
-    )
+    name = f"{stage} of {variant}" if variant else stage
+    rows = {"stage": name if finished else f"{name}, not finished"}
+    rows |= _study_row(run) | _source_rows(source)
     for key, facts in entries.items():
         label = "" if len(entries) == 1 else f"{key.partition('/')[0].partition(' ')[2]}: "
         rows |= {f"{label}{name}": value for name, value in _fact_rows(facts).items()}
@@ -67,7 +63,10 @@ def _source_rows(source: Mapping[str, Any]) -> dict[str, str]:
         "code": f"cot_distill {source.get('cot_distill')}, commit {commit}",
         "Python": f"{source['python']}, {source['system']}",
         "packages": ", ".join(f"{name} {version}" for name, version in source["packages"].items()),
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {', '.join(machine['gpus']) or 'no GPU'}",
+        "machine": (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+            f"{', '.join(machine['gpus']) or 'no GPU'}"
+        ),
     }
 
 

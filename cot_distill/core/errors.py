@@ -27,7 +27,8 @@ def printable(
 
 # %% ../../nbs/core/errors.ipynb #cd9e2577
 class CotDistillError(Exception):
-    "Something went wrong and the message says what, where and what to do; the base of all our errors"
+    """Something went wrong and the message says what, where and what to do; the base of all our
+    errors"""
 
     exit_code = 1
 
@@ -86,7 +87,8 @@ def exit_code_of(
 def as_program(
     act: Callable[[], int | None],  # does the work; returns its exit code, None is 0
 ) -> int:  # exit code
-    "Do a command's work; one of our errors, or Ctrl-C, becomes a sentence on stderr and its exit code"
+    """Do a command's work; one of our errors, or Ctrl-C, becomes a sentence on stderr and its exit
+    code"""
     try:
         return act() or 0
     except CotDistillError as err:

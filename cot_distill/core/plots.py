@@ -31,7 +31,7 @@ KNOWN_COLORS = {
     "claude-3-5-sonnet": OKABE_ITO["vermilion"],
     "qwen2.5-7b-instruct": OKABE_ITO["sky blue"],
     "human-no-marks": OKABE_ITO["blue"],
-    "human-own-format": "#7B3F00",  # brown: the eighth of a study needs a colour outside the palette, told from the others by its darkness
+    "human-own-format": "#7B3F00",  # brown, outside the palette: told from the others by darkness
     "self": OKABE_ITO["purple"],
 }
 
@@ -39,6 +39,7 @@ KNOWN_COLORS = {
 def teacher_color(
     variant: str,  # `base`, a teacher's id, or a repeat such as `human.seed1`
 ) -> str:  # hex colour such as "#E69F00"
-    "The colour of a variant in every figure; a teacher of your own gets a stable one from the palette"
+    """The colour of a variant in every figure; a teacher of your own gets a stable one from the
+    palette"""
     palette, teacher = list(OKABE_ITO.values()), re.sub(r"\.seed-?\d+$", "", variant)
     return KNOWN_COLORS.get(teacher) or palette[zlib.crc32(teacher.encode()) % len(palette)]

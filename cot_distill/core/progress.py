@@ -38,7 +38,10 @@ def log_line(
     }
     left = "" if status["eta_s"] is None else f", {status['eta_s'] / 60:.1f} min left"
     told = "".join(f", {k} {_short(v)}" for k, v in facts.items())
-    return f"{status['desc']}: {status['done']}/{status['total']} {status['unit']}, {status['rate_per_s']:.2f}/s{left}{told}"
+    return (
+        f"{status['desc']}: {status['done']}/{status['total']} {status['unit']}, "
+        f"{status['rate_per_s']:.2f}/s{left}{told}"
+    )
 
 
 def _short(value: Any) -> str:

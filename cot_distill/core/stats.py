@@ -47,9 +47,8 @@ class PairedDifference:
     "What one student gained over another on the same problems"
 
     delta: float  # accuracy difference, a fraction in [-1, 1]
-    ci95: tuple[
-        float, float
-    ]  # bootstrap percentile interval over problems; Wilson's bound where no problem tells the two apart
+    # bootstrap percentile interval over problems; Wilson's bound where no problem tells two apart
+    ci95: tuple[float, float]
     p_mcnemar: float  # exact, two-sided
     n_gained: int  # right now, wrong before
     n_lost: int  # wrong now, right before
@@ -61,11 +60,13 @@ def paired_difference(
     n_bootstrap: int = 10_000,  # resamples of the problems
     seed: int = 0,  # of the resampling
 ) -> PairedDifference:
-    "Paired accuracy difference with bootstrap interval and exact McNemar p; raises `ValueError` on unequal lengths"
+    """Paired accuracy difference with bootstrap interval and exact McNemar p; raises `ValueError`
+    on unequal lengths"""
     now, before = np.asarray(correct, dtype=bool), np.asarray(correct_base, dtype=bool)
     if now.shape != before.shape or now.ndim != 1 or len(now) == 0:
         raise ValueError(
-            f"paired_difference needs the same problems twice: got {now.shape} and {before.shape} answers"
+            f"paired_difference needs the same problems twice: got {now.shape} and "
+            f"{before.shape} answers"
         )
     n, n_gained, n_lost = len(now), int((now & ~before).sum()), int((before & ~now).sum())
     if (
@@ -127,7 +128,8 @@ def pass_at_k(
     "Unbiased pass@k (Chen et al. 2021, eq. 1); raises `ValueError` when `k` is out of range"
     if not 1 <= k <= n_samples or not 0 <= n_correct <= n_samples:
         raise ValueError(
-            f"needs 1 <= k <= n_samples and 0 <= n_correct <= n_samples: got {k=}, {n_samples=}, {n_correct=}"
+            f"needs 1 <= k <= n_samples and 0 <= n_correct <= n_samples: got {k=}, "
+            f"{n_samples=}, {n_correct=}"
         )
     n_wrong = n_samples - n_correct
     if n_wrong < k:

@@ -65,7 +65,8 @@ def boxes(
 _DIGIT = re.compile(r"\d")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')*\]]*\s+(?=[A-Z\"'(\[*\\$¤\d-])")
 _ASIDE = re.compile(
-    r"\b(?:in|(?<!total )of|or|for|by|per|within|after|before|from|over|than|every|each|on|at|all|into"
+    r"\b(?:in|(?<!total "
+    r")of|or|for|by|per|within|after|before|from|over|than|every|each|on|at|all|into"
     r"|between(?: [¤\d][\d.,]*(?: [a-z]{1,15})? and)?|until|if|when|during|to [a-z]+)"
     r"\s(?:(?!is |are |was |has |have )[a-z]{1,9}\s){0,2}?[\s¤]*\Z",
     re.I,
@@ -117,7 +118,9 @@ _SMALL = (
 )
 _HUNDREDS = rf"(?:(?:{_SMALL}|an?) hundred(?:(?: and)? {_SMALL})?|{_SMALL})"
 _WORD = re.compile(
-    rf"[^A-Za-z]*(?P<minus>(?:negative|minus) )?(?P<words>{_HUNDREDS}(?: (?:{'|'.join(_SCALES)})(?:,?(?: and)? {_HUNDREDS})?){{0,3}})(?: (?P<part>\d)/(?P<parts>[2-9]))?"
+    rf"[^A-Za-z]*(?P<minus>(?:negative|minus) )?(?P<words>{_HUNDREDS}(?: "
+    rf"(?:{'|'.join(_SCALES)})(?:,?(?: and)? {_HUNDREDS})?){{0,3}})(?: "
+    r"(?P<part>\d)/(?P<parts>[2-9]))?"
     r"(?:[^A-Za-z\d]*\Z|[^A-Za-z\s-]|\s(?!(?:of|or|and|to)\b|hundred|thousand|million|billion|hal[fv]|third|quarter)"
     r"[a-z]+[^A-Za-z\d]*\Z)",
     re.I,
@@ -299,7 +302,8 @@ def stated_answer(
 
 # %% ../../nbs/grading/statements.ipynb #459e68fc
 _CUE = re.compile(
-    r"\b(?:wait|actually|sorry|apologi[sz]e|on second thought|no,|(?<=\? )no\b|but it(?:'s| is)|(?P<retracted>correction|oops|scratch that"
+    r"\b(?:wait|actually|sorry|apologi[sz]e|on second thought|no,|(?<=\? )no\b|but it(?:'s| "
+    r"is)|(?P<retracted>correction|oops|scratch that"
     r"|i made an? (?:mistake|error)|let me (?:correct|fix|redo|recalculate|recompute)"
     r"|that(?:'s| is| was) (?:wrong|incorrect|not (?:right|correct))))(?!\w)",
     re.I,
@@ -332,16 +336,18 @@ def correction(
 
 # %% ../../nbs/grading/statements.ipynb #ee14587c
 _HANGING = set(
-    """a an the and or but so then than of to by with for from in on at is are was were be we she he
-    they it that this which if when as per each plus minus times equals get gets her his their our your
-    my its has have had will would can could need needs must should let next first now since because
-    therefore thus hence find calculate add subtract multiply divide buys sells gives sold bought gave
-    made makes earns pays spends costs takes eats uses adds how much many what also not only""".split()
+    """a an the and or but so then than of to by with for from in on at is are was were be we she
+    he they it that this which if when as per each plus minus times equals get gets her his their
+    our your my its has have had will would can could need needs must should let next first now
+    since because therefore thus hence find calculate add subtract multiply divide buys sells gives
+    sold bought gave made makes earns pays spends costs takes eats uses adds how much many what
+    also not only""".split()
 )
 _LAST_WORD = re.compile(r"[A-Za-z]+\Z|[=≈,:;(\[{<&^\\×÷#]\Z|\s[-+*/$]\Z")
 _OPEN_BRACKET = re.compile(r"(?:\([^()\n]*[\w\s]|\\[(\[][^)\]\n]*)\Z")
 _COMES_TO = re.compile(
-    r"=|\b(?:so|therefore|thus|hence|total|altogether|in all|finally|answer|result|left|remain\w*)\b",
+    r"=|\b(?:so|therefore|thus|hence|total|altogether|in "
+    r"all|finally|answer|result|left|remain\w*)\b",
     re.I,
 )
 
@@ -372,9 +378,11 @@ def breaks_off(
 
 
 _GIVES_UP = re.compile(
-    r"\b(?:can(?:no|')t|can not|could(?: not|n't)|unable to|(?:im|not )possible to|do(?:es)?(?: not|n't))"
+    r"\b(?:can(?:no|')t|can not|could(?: not|n't)|unable to|(?:im|not )possible "
+    r"to|do(?:es)?(?: not|n't))"
     r" (?:be )?(?:determined?|answer(?:ed)?|solved?|calculated?|know|say|tell)\b"
-    r"|\b(?:not enough|insufficient) (?:information|data)|\bfinal answer\W{0,6}(?:is\b|:)[^\d\n]*\Z",
+    r"|\b(?:not enough|insufficient) (?:information|data)|\bfinal "
+    r"answer\W{0,6}(?:is\b|:)[^\d\n]*\Z",
     re.I,
 )
 

@@ -23,7 +23,8 @@ def analyze_together(
     run_dirs: Sequence[str | Path],  # run folders, or frozen copies; the first one leads
     out: str | Path,  # folder for the executed notebook and its page
 ) -> Path:  # the page, readable without anything else
-    "Analyse several runs at once; raises `InputError` for a folder that is none, `CotDistillError` when the notebook stops"
+    """Analyse several runs at once; raises `InputError` for a folder that is none,
+    `CotDistillError` when the notebook stops"""
     load_runs(run_dirs)
     nbs, out = project_root() / "nbs", Path(out).resolve()
     first, *others = [os.path.relpath(Path(folder).resolve(), nbs) for folder in run_dirs]
@@ -42,7 +43,8 @@ def analyze_together(
         outcome = read_outcome(todo, start_notebook(todo, {}, Path(private) / "log").wait())
     if outcome["state"] != "finished":
         raise CotDistillError(
-            f"the analysis stopped with {outcome['ename']}: {outcome['evalue']}; see {os.path.relpath(report)}"
+            f"the analysis stopped with {outcome['ename']}: {outcome['evalue']}; see "
+            f"{os.path.relpath(report)}"
         )
     page = report.with_suffix(".html")
     with atomic_path(page) as part:
