@@ -74,11 +74,17 @@ def teacher_table(
     for teacher, group in texts.groupby("variant", sort=False):
         openings = group["opening"].value_counts()
         rows[teacher] = {
-            "texts": len(group), "right": percent(group["is_correct"].astype(bool).mean()), "kept": int(group["kept"].sum()),
-            "median words": float(group["n_words"].median()), "steps": float(group["n_steps"].median()), "equations": float(group["n_equations"].median()),
-            "false equations": percent(group["n_false"].sum() / max(1, group["n_equations"].sum())), "with markup": percent(group["has_markup"].mean()),
-            "commonest opening": openings.index[0], "opens so": percent(openings.iloc[0] / len(group)),
-        }  # fmt: skip
+            "texts": len(group),
+            "right": percent(group["is_correct"].astype(bool).mean()),
+            "kept": int(group["kept"].sum()),
+            "median words": float(group["n_words"].median()),
+            "steps": float(group["n_steps"].median()),
+            "equations": float(group["n_equations"].median()),
+            "false equations": percent(group["n_false"].sum() / max(1, group["n_equations"].sum())),
+            "with markup": percent(group["has_markup"].mean()),
+            "commonest opening": openings.index[0],
+            "opens so": percent(openings.iloc[0] / len(group)),
+        }
     surprise = (
         training.set_index("variant")["mean_nll"].dropna().astype(float).round(3)
         if len(training)
@@ -105,7 +111,10 @@ def teacher_sentences(
     )
     parts = (
         [
-            f"The longest texts come from {words.idxmax()} (median {words.max():.0f} words), the shortest from {words.idxmin()} ({words.min():.0f})."
+            (
+                f"The longest texts come from {words.idxmax()} (median {words.max():.0f} "
+                f"words), the shortest from {words.idxmin()} ({words.min():.0f})."
+            )
         ]
         if len(words) > 1
         else []
@@ -167,10 +176,13 @@ def style_table(
 
     def _row(group: pd.DataFrame) -> dict[str, Any]:
         return {
-            "texts": len(group), "median words": float(group["n_words"].median()), "equations": float(group["n_equations"].mean().round(1)),
-            "with markup": percent(group["has_markup"].mean()), "calculator marks": percent(group["has_marks"].mean()),
+            "texts": len(group),
+            "median words": float(group["n_words"].median()),
+            "equations": float(group["n_equations"].mean().round(1)),
+            "with markup": percent(group["has_markup"].mean()),
+            "calculator marks": percent(group["has_marks"].mean()),
             "without final answer": percent(group["final_answer"].isna().mean()),
-        }  # fmt: skip
+        }
 
     rows = {}
     for variant, group in answers.groupby("variant", sort=False):
@@ -192,8 +204,12 @@ def collapse_sentences(
     change = shares - shares.loc["base"]
     form = change[[name for name in FORM if name in change]].sum(axis="columns")
     return [
-        f"**{variant}**: {change.loc[variant, 'right']:+.1f} points of accuracy, of which {0.0 - form[variant]:+.1f} come from answers that are now "
-        f"{'readable' if form[variant] <= 0 else 'cut off or unreadable'} and {change.loc[variant, 'right'] + form[variant]:+.1f} from {'fewer' if change.loc[variant, 'right'] + form[variant] >= 0 else 'more'} wrong calculations among readable ones."
+        f"**{variant}**: {change.loc[variant, 'right']:+.1f} points of accuracy, of which "
+        f"{0.0 - form[variant]:+.1f} come from answers that are now "
+        f"{'readable' if form[variant] <= 0 else 'cut off or unreadable'} and "
+        f"{change.loc[variant, 'right'] + form[variant]:+.1f} from "
+        f"{'fewer' if change.loc[variant, 'right'] + form[variant] >= 0 else 'more'} wrong "
+        "calculations among readable ones."
         for variant in change.index
         if variant != "base"
     ]
@@ -207,7 +223,10 @@ def mistake_sentences(
     if trained.empty or trained.shape[1] == 0:
         return []
     parts = [
-        f"**{name}**: {row.idxmax()}, {row.max():.0f} % of all problems ({100 * row.max() / row.sum():.0f} % of its mistakes)."
+        (
+            f"**{name}**: {row.idxmax()}, {row.max():.0f} % of all problems "
+            f"({100 * row.max() / row.sum():.0f} % of its mistakes)."
+        )
         for name, row in trained.iterrows()
         if row.sum()
     ]
@@ -248,11 +267,18 @@ def runs_table(
 ) -> pd.DataFrame:  # text, ready to be read
     "All students of all runs"
     told = {
-        "run": rows["run"], "recipe": rows["recipe"], "student": rows["variant"], "examples": [f"{n:,.0f}" if n == n else "" for n in rows["n_examples"]],
+        "run": rows["run"],
+        "recipe": rows["recipe"],
+        "student": rows["variant"],
+        "examples": [f"{n:,.0f}" if n == n else "" for n in rows["n_examples"]],
         "accuracy": [percent(row.accuracy, row.low, row.high) for row in rows.itertuples()],
-        "difference to base, points": [percent(row.delta, row.delta_low, row.delta_high, signed=True) for row in rows.itertuples()],
-        "p (Holm, all)": [p_text(p) for p in rows["p_holm"]], "over seeds": [seeds_text(spread) for spread in rows["over_seeds"]],
-    }  # fmt: skip
+        "difference to base, points": [
+            percent(row.delta, row.delta_low, row.delta_high, signed=True)
+            for row in rows.itertuples()
+        ],
+        "p (Holm, all)": [p_text(p) for p in rows["p_holm"]],
+        "over seeds": [seeds_text(spread) for spread in rows["over_seeds"]],
+    }
     return pd.DataFrame(told).set_index("run").dropna(axis="columns", how="all")
 
 # %% ../nbs/04_analysis.ipynb #9e446c04
@@ -264,7 +290,11 @@ def run_sentences(
         return []
     found = rows[rows["p_holm"] < 0.05]
     parts = [
-        f"Of {len(rows)} differences in {rows['run'].nunique()} runs, {(found['delta'] > 0).sum()} gains and {(found['delta'] < 0).sum()} losses remain at the 5 % level after correction for all of them."
+        (
+            f"Of {len(rows)} differences in {rows['run'].nunique()} runs, "
+            f"{(found['delta'] > 0).sum()} gains and {(found['delta'] < 0).sum()} losses remain "
+            "at the 5 % level after correction for all of them."
+        )
     ]
     for variant, group in rows.groupby("variant", sort=False):
         worst, best = (
@@ -273,7 +303,8 @@ def run_sentences(
         )
         if len(group) > 1:
             parts.append(
-                f"**{variant}**: from {100 * worst['delta']:+.1f} points in {worst['run']} to {100 * best['delta']:+.1f} in {best['run']}."
+                f"**{variant}**: from {100 * worst['delta']:+.1f} points in {worst['run']} to "
+                f"{100 * best['delta']:+.1f} in {best['run']}."
             )
     return parts
 
@@ -298,7 +329,9 @@ def size_sentences(
             small["delta_high"] >= full["delta_low"] and full["delta_high"] >= small["delta_low"]
         )
         parts.append(
-            f"**{variant}**{f' ({recipe})' if recipe else ''}: {100 * small['delta']:+.1f} points with {small['n_examples']:,.0f} examples, {100 * full['delta']:+.1f} with {full['n_examples']:,.0f}"
+            f"**{variant}**{f' ({recipe})' if recipe else ''}: {100 * small['delta']:+.1f} "
+            f"points with {small['n_examples']:,.0f} examples, {100 * full['delta']:+.1f} with "
+            f"{full['n_examples']:,.0f}"
             f" ({'the intervals overlap' if overlap else 'the intervals are apart'})."
         )
     return parts
@@ -325,7 +358,10 @@ def brittle_sentences(
         f"{row.variant} on {row.problem_set} ({100 * row.delta:+.1f})" for row in lost.itertuples()
     )
     return [
-        f"Of {len(others)} comparisons on other problem sets, {len(kept)} show a gain whose interval excludes zero and {len(lost)} a loss.",
+        (
+            f"Of {len(others)} comparisons on other problem sets, {len(kept)} show a gain whose "
+            f"interval excludes zero and {len(lost)} a loss."
+        ),
         f"Lost: {names}." if names else "Nothing is shown to have been forgotten.",
     ]
 

@@ -205,7 +205,8 @@ def seed_of(
     study: StudyConfig,
     variant: str,  # `base` or a trained student's name
 ) -> int:
-    "Seed that a student is sampled with: its own training's; raises `InputError` for a student that there is not"
+    """Seed that a student is sampled with: its own training's; raises `InputError` for a student
+    that there is not"""
     return study.seed if variant == "base" else study.variant(variant).seed
 
 # %% ../nbs/03_eval.ipynb #c4e24947

@@ -358,7 +358,8 @@ def test_little_memory_means_smaller_passes_and_too_little_is_a_sentence_before_
     monkeypatch.delenv("WORLD_SIZE")
     available["bytes"] = 10**8
     monkeypatch.setattr(
-        "cot_distill.student.training.load_student", lambda *args: pytest.fail("the student was loaded")
+        "cot_distill.student.training.load_student",
+        lambda *args: pytest.fail("the student was loaded"),
     )
     study, run = start("none", batch_size=4, gradient_accumulation=1)
     with pytest.raises(InputError, match="no setting makes this student fit"):
@@ -452,7 +453,7 @@ def test_run_leaves_adapter_card_and_log(start):
 
 
 def test_an_adapter_folder_loads_with_peft_alone(start, student, monkeypatch):
-    "The card's three lines, run in the folder; and the base is found where its name can be resolved"
+    "The card's three lines, run in the folder; the base is found where its name resolves"
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -98,7 +98,10 @@ def plot_accuracy(
         ax.axvline(100 * base, color="0.5", linestyle="--", linewidth=1, zorder=0)
     ax.set(
         xlim=(0, 100),
-        xlabel=f"right answers to {rows['problem_set'].iloc[0]} problems, % (n = {rows['n'].iloc[0]:,}); higher is better",
+        xlabel=(
+            f"right answers to {rows['problem_set'].iloc[0]} problems, % (n = "
+            f"{rows['n'].iloc[0]:,}); higher is better"
+        ),
     )
     return _tidy(ax, ["untrained" if name == "base" else name for name in rows["variant"]])
 
@@ -107,7 +110,8 @@ def plot_forest(
     results: pd.DataFrame,  # rows of one problem set
     ax: "Axes | None" = None,
 ) -> "Axes":
-    "Difference of every trained student to the base with its 95 % interval and the spread over seeds; left of zero is harm"
+    """Difference of every trained student to the base with its 95 % interval and the spread over
+    seeds; left of zero is harm"""
     rows = (
         results[results["delta"].notna()]
         .sort_values("delta", ascending=False)

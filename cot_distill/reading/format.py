@@ -60,7 +60,8 @@ def value_of(
 
 
 def _walk(node: ast.AST) -> float:
-    "Value of a parsed sum; raises `ValueError` for anything that is not a number or one of four operations"
+    """Value of a parsed sum; raises `ValueError` for anything that is not a number or one of four
+    operations"""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return float(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -87,7 +88,8 @@ class Equation:
 # %% ../../nbs/reading/format.ipynb #508fb375
 NUMBER = r"\d+(?:\.\d+)?|\.\d+"
 _TOKENS = re.compile(
-    rf"(?P<number>{NUMBER})|(?P<unit>[A-Za-z]{{2,}})|(?P<sign>[-+*/()])|(?P<percent>%)|(?P<equals>=)|(?P<other>\n|[^ \t])"
+    rf"(?P<number>{NUMBER})|(?P<unit>[A-Za-z]{{2,}})|(?P<sign>[-+*/()])|(?P<percent>%)"
+    r"|(?P<equals>=)|(?P<other>\n|[^ \t])"
 )
 _TIMES = {
     "second",
@@ -188,7 +190,8 @@ def _balanced(expression: str) -> str:
 # %% ../../nbs/reading/format.ipynb #7052b75d
 MARKUP = re.compile(r"\*\*|^#{1,3}\s|\\\(|\\\[|\\frac|\\boxed|<[a-zA-Z/][^<>]*>|`", re.MULTILINE)
 NAME = re.compile(
-    r"(?<=\s)[A-Z][a-z]+|^(?!(?:Let|That|It|There|Here|What)'s)[A-Z][a-z]+(?='s| has| had| buys| is| was)"
+    r"(?<=\s)[A-Z][a-z]+|^(?!(?:Let|That|It|There|Here|What)'s)[A-Z][a-z]+(?='s| has| had| "
+    r"buys| is| was)"
 )
 
 

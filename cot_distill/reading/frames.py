@@ -27,8 +27,10 @@ from .results import read_results
 
 # %% ../../nbs/reading/frames.ipynb #a909d617
 RESULT_COLUMNS = (
-    "run study problem_set is_headline variant n n_correct accuracy low high n_truncated n_no_answer "
-    "delta delta_low delta_high p p_holm is_paired over_seeds final_train_loss train_wall_s eval_wall_s teacher_cost_usd accuracy_by_rule"
+    "run study problem_set is_headline variant n n_correct accuracy low high n_truncated "
+    "n_no_answer "
+    "delta delta_low delta_high p p_holm is_paired over_seeds final_train_loss train_wall_s "
+    "eval_wall_s teacher_cost_usd accuracy_by_rule"
 ).split()
 
 
@@ -63,9 +65,18 @@ def _flat(variant: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
     delta_low, delta_high = gain.get("ci95") or (None, None)
     kept = {key: variant.get(key) for key in RESULT_COLUMNS if key in variant}
     return kept | {
-        "n": n, "n_correct": n_correct, "accuracy": n_correct / n, "low": low, "high": high, "delta": gain.get("delta"),
-        "delta_low": delta_low, "delta_high": delta_high, "p": gain.get("p_mcnemar"), "p_holm": gain.get("p_holm"), "is_paired": bool(gain),
-    }  # fmt: skip
+        "n": n,
+        "n_correct": n_correct,
+        "accuracy": n_correct / n,
+        "low": low,
+        "high": high,
+        "delta": gain.get("delta"),
+        "delta_low": delta_low,
+        "delta_high": delta_high,
+        "p": gain.get("p_mcnemar"),
+        "p_holm": gain.get("p_holm"),
+        "is_paired": bool(gain),
+    }
 
 # %% ../../nbs/reading/frames.ipynb #f9d322a2
 def _unpaired(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
@@ -145,7 +156,7 @@ class Runs:
     rationales: pd.DataFrame  # a row a run, teacher and completion
     training: pd.DataFrame  # a row a run and trained student
     teachers: pd.DataFrame  # a row a run and teacher: what its provider lists as its price
-    info: pd.DataFrame  # a row a run: study, description, commit, hardware, and in what its settings differ from the others'
+    info: pd.DataFrame  # a row a run: study, description, commit, hardware, differing settings
 
     def first(self) -> "Runs":
         "The first run with results alone; without any results, the first run"
@@ -175,7 +186,8 @@ def load_runs(
     for run in runs.values():
         if not run.config_file.exists() and not run.results_json.exists():
             raise InputError(
-                f"{run.path} is no run folder: it has neither config.toml nor results.json; `cot-distill run` makes one under runs/"
+                f"{run.path} is no run folder: it has neither config.toml nor results.json; "
+                "`cot-distill run` makes one under runs/"
             )
     named = dict(zip(_names(list(runs)), runs.values(), strict=True))
     tables = {field.name: _stacked(named, readers[field.name]) for field in fields(Runs)}
@@ -183,7 +195,8 @@ def load_runs(
 
 
 def _names(paths: list[Path]) -> list[str]:
-    "What to call each run: its folder's name, with as much of the path in front as tells it from the others"
+    """What to call each run: its folder's name, with as much of the path in front as tells it from
+    the others"""
     parts = [path.parts for path in paths]
     return [
         "/".join(
@@ -206,7 +219,10 @@ def _stacked(runs: dict[str, RunFolder], read: Callable[[RunFolder], pd.DataFram
     return stacked[["run", *(column for column in stacked.columns if column != "run")]]
 
 # %% ../../nbs/reading/frames.ipynb #2e317aac
-EVAL_COLUMNS = "variant problem_set problem_id question reference_answer completion final_answer is_correct n_tokens truncated".split()
+EVAL_COLUMNS = (
+    "variant problem_set problem_id question reference_answer completion final_answer "
+    "is_correct n_tokens truncated"
+).split()
 RATIONALE_COLUMNS = (
     "variant problem_id question reference_answer model completion final_answer is_correct kept "
     "drop_reason prompt_tokens completion_tokens cost_usd latency_s"
@@ -241,13 +257,15 @@ def _listed(run: RunFolder) -> list[str]:
 
 
 def _is_repeat(run: RunFolder, variant: str) -> bool:
-    "Whether a student differs from another one in nothing but the seed, as `human.seed1` does from `human`"
+    """Whether a student differs from another one in nothing but the seed, as `human.seed1` does
+    from `human`"""
     listed = _listed(run)
     return variant not in listed and variant.rpartition(".seed")[0] in listed
 
 # %% ../../nbs/reading/frames.ipynb #3670e6bb
 def _in_order(run: RunFolder, found: Iterable[Path]) -> list[Path]:
-    "Folders of variants without the repeats: base, then the teachers as the study lists them, then strangers"
+    """Folders of variants without the repeats: base, then the teachers as the study lists them,
+    then strangers"""
     listed = _listed(run)
     chosen = [path for path in found if not _is_repeat(run, path.name)]
     return sorted(

@@ -29,14 +29,30 @@ MISTAKES = (
 WORDNUMBERS = {
     word: number
     for number, words in {
-        0.5: "half", 1: "one a an single", 2: "two half twice double couple pair both second", 3: "three third triple thrice",
-        4: "four quarter fourth", 5: "five fifth", 6: "six sixth", 7: "seven week weeks weekly", 8: "eight eighth", 9: "nine",
-        10: "ten dime", 12: "twelve dozen dozens year years month months", 20: "twenty", 24: "day days hour hours", 25: "quarter",
-        30: "thirty month", 50: "fifty", 52: "year week weeks", 60: "hour hours minute minutes sixty", 100: "percent hundred dollar cents",
+        0.5: "half",
+        1: "one a an single",
+        2: "two half twice double couple pair both second",
+        3: "three third triple thrice",
+        4: "four quarter fourth",
+        5: "five fifth",
+        6: "six sixth",
+        7: "seven week weeks weekly",
+        8: "eight eighth",
+        9: "nine",
+        10: "ten dime",
+        12: "twelve dozen dozens year years month months",
+        20: "twenty",
+        24: "day days hour hours",
+        25: "quarter",
+        30: "thirty month",
+        50: "fifty",
+        52: "year week weeks",
+        60: "hour hours minute minutes sixty",
+        100: "percent hundred dollar cents",
         1000: "thousand",
     }.items()
     for word in words.split()
-}  # fmt: skip
+}
 
 
 def given_numbers(

@@ -55,7 +55,8 @@ def p_phrase(
 def seeds_text(
     spread: dict[str, Any] | None,  # `over_seeds` of a row of `results.json`
 ) -> str | None:  # such as "46.0 ± 3.0 % (3 seeds)"; None without repeats
-    "Mean and standard deviation of the accuracies of one teacher's students that differ in the seed"
+    """Mean and standard deviation of the accuracies of one teacher's students that differ in the
+    seed"""
     if not isinstance(spread, dict):
         return None
     return f"{100 * spread['mean']:.1f} ± {100 * spread['sd']:.1f} % ({spread['n_seeds']} seeds)"

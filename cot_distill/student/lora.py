@@ -56,7 +56,8 @@ def load_adapter(
     name: str = "default",  # what to call it; the teacher's id, say
     merge: bool = False,  # fold it into the weights: faster decoding, one adapter only
 ) -> "PeftModel | PreTrainedModel":  # in evaluation mode; with `merge` a plain model
-    "Put a trained adapter on the student, in the student's own type; raises `InputError` when there is none or it does not fit"
+    """Put a trained adapter on the student, in the student's own type; raises `InputError` when
+    there is none or it does not fit"""
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -75,7 +76,8 @@ def load_adapter(
     model.set_adapter(name)
     if merge and getattr(model.get_base_model(), "is_quantized", False):
         raise InputError(
-            "an adapter cannot be merged into 4-bit weights without changing what it does; use merge=False"
+            "an adapter cannot be merged into 4-bit weights without changing what it does; use "
+            "merge=False"
         )
     return (model.merge_and_unload() if merge else model).eval()
 
@@ -105,7 +107,8 @@ def use_adapter(
     model: "PreTrainedModel | PeftModel",
     name: str | None,  # adapter; None is the untrained student
 ) -> Iterator["PreTrainedModel | PeftModel"]:  # the same model
-    "Let one adapter speak for the length of a `with` block, folded into the weights where that is exact"
+    """Let one adapter speak for the length of a `with` block, folded into the weights where that is
+    exact"""
     layers = [] if name is None else _foldable(model, name)
     if not layers:
         with switch_to(model, name):
@@ -184,17 +187,49 @@ def card_text(
     teacher_id, seed = study.variant(variant)
     source = study.teacher(teacher_id)
     rows = {
-        "student": f"{student.model}{f' at {student.revision}' if student.revision else ''}, {student.quantization if student.quantization != 'none' else student.dtype}",
-        "teacher": f"{teacher_id} ({source.model or source.provider})", "licence or terms of its texts": source.license,
-        "problems": f"{study.problems.source}, split {study.problems.split}", "examples": f"{log['n_examples']} ({log['n_tokens']:,} tokens, {log['n_target_tokens']:,} with a loss)",
-        "data fingerprint": log["data_fingerprint"], "adapter": f"LoRA r = {cfg.lora_r}, alpha = {cfg.lora_alpha:g}, dropout {cfg.lora_dropout:g}, all linear layers",
-        "trained": f"{log['trainable_parameters']:,} of {log['total_parameters']:,} parameters ({log['trainable_parameters'] / log['total_parameters']:.2%})",
-        "recipe": f"AdamW, peak learning rate {cfg.learning_rate:g}, cosine, {cfg.warmup_frac:.0%} warm-up, {cfg.batch_size} x {cfg.gradient_accumulation} examples a step, {cfg.epochs:g} epochs, seed {seed}",
-        "loss": f"{log['mean_nll']:.3f} for the untrained student, {log['steps'][0]['loss']:.3f} in the first step, {log['final_train_loss']:.3f} at the end (nats a completion token)",
-    }  # fmt: skip
+        "student": (
+            f"{student.model}{f' at {student.revision}' if student.revision else ''}, "
+            f"{student.quantization if student.quantization != 'none' else student.dtype}"
+        ),
+        "teacher": f"{teacher_id} ({source.model or source.provider})",
+        "licence or terms of its texts": source.license,
+        "problems": f"{study.problems.source}, split {study.problems.split}",
+        "examples": (
+            f"{log['n_examples']} ({log['n_tokens']:,} tokens, {log['n_target_tokens']:,} with "
+            "a loss)"
+        ),
+        "data fingerprint": log["data_fingerprint"],
+        "adapter": (
+            f"LoRA r = {cfg.lora_r}, alpha = {cfg.lora_alpha:g}, dropout {cfg.lora_dropout:g}, "
+            "all linear layers"
+        ),
+        "trained": (
+            f"{log['trainable_parameters']:,} of {log['total_parameters']:,} parameters "
+            f"({log['trainable_parameters'] / log['total_parameters']:.2%})"
+        ),
+        "recipe": (
+            f"AdamW, peak learning rate {cfg.learning_rate:g}, cosine, {cfg.warmup_frac:.0%} "
+            f"warm-up, {cfg.batch_size} x {cfg.gradient_accumulation} examples a step, "
+            f"{cfg.epochs:g} epochs, seed {seed}"
+        ),
+        "loss": (
+            f"{log['mean_nll']:.3f} for the untrained student, {log['steps'][0]['loss']:.3f} in "
+            f"the first step, {log['final_train_loss']:.3f} at the end (nats a completion token)"
+        ),
+    }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    front = f"---\nbase_model: {base_name(student)}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, math, distillation]\n---\n"
-    note = "Trained to explain word problems the way its teacher does. A low loss says that the texts were learned, not that answers are right: see the evaluation of the same run."
+    front = (
+        "---\n"
+        f"base_model: {base_name(student)}\n"
+        "library_name: peft\n"
+        "pipeline_tag: text-generation\n"
+        "tags: [lora, math, distillation]\n"
+        "---\n"
+    )
+    note = (
+        "Trained to explain word problems the way its teacher does. A low loss says that the "
+        "texts were learned, not that answers are right: see the evaluation of the same run."
+    )
     title = f"# {student.model}, taught by {teacher_id}"
     return f"{front}\n{title}\n\n{note}\n\n| | |\n|---|---|\n{table}\n\n{_loading(student)}"
 

@@ -94,7 +94,8 @@ def _write_merged(
     gap = distance(before, target_log_probs(model, examples))["max_abs_diff"]
     if gap > 0.01:
         raise RuntimeError(
-            f"merging {adapter} moved log-probabilities by {gap:.3g} nats in 32 bits, where it must move nothing; the merged weights were not kept"
+            f"merging {adapter} moved log-probabilities by {gap:.3g} nats in 32 bits, where it "
+            "must move nothing; the merged weights were not kept"
         )
     with quiet():
         model.to(getattr(torch, student.dtype)).save_pretrained(folder)
@@ -103,7 +104,10 @@ def _write_merged(
 
 def _warning(parity: dict[str, Any]) -> str:
     "What merging did to a student trained on 4-bit weights"
-    return f"merging changes what a student trained on 4-bit weights does: same next token in {parity['same_token_frac']:.1%} of places"
+    return (
+        "merging changes what a student trained on 4-bit weights does: same next token in "
+        f"{parity['same_token_frac']:.1%} of places"
+    )
 
 
 def _merged_card(adapter: Path, parity: dict[str, Any]) -> str:
@@ -116,6 +120,15 @@ def _merged_card(adapter: Path, parity: dict[str, Any]) -> str:
     said = (
         _warning(parity)
         if parity["trained_on"] == "nf4"
-        else f"same next token as with the adapter apart in {parity['same_token_frac']:.1%} of places"
+        else (
+            f"same next token as with the adapter apart in {parity['same_token_frac']:.1%} of "
+            "places"
+        )
     )
-    return f"{card}\n## Merged\n\nThe adapter is folded into {parity['dtype']} weights: {said}; mean divergence {parity['mean_kl']:.2g} nats, largest gap of log-probabilities {parity['max_abs_diff']:.2g}.\n"
+    return (
+        f"{card}\n"
+        "## Merged\n\n"
+        f"The adapter is folded into {parity['dtype']} weights: {said}; mean divergence "
+        f"{parity['mean_kl']:.2g} nats, largest gap of log-probabilities "
+        f"{parity['max_abs_diff']:.2g}.\n"
+    )

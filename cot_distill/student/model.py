@@ -67,7 +67,8 @@ def quiet() -> Iterator[None]:
 
 
 def _retie(model: "PreTrainedModel") -> None:
-    "Share input and output embedding again where they differ by rounding only (the finer one stays)"
+    """Share input and output embedding again where they differ by rounding only (the finer one
+    stays)"""
     import torch
 
     source, target = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -197,7 +198,8 @@ def _hub_errors(cfg: StudentConfig) -> Iterator[None]:
         first = str(err).strip().splitlines()[0]
         at = f" at revision {cfg.revision}" if cfg.revision else ""
         raise InputError(
-            f"student {cfg.model!r}{at} cannot be opened: {first}; offline, give a folder or use 'smollm2-135m'"
+            f"student {cfg.model!r}{at} cannot be opened: {first}; offline, give a folder or "
+            "use 'smollm2-135m'"
         ) from None
 
 # %% ../../nbs/student/model.ipynb #e19c04eb
@@ -210,11 +212,13 @@ def device_of(
     has_cuda = torch.cuda.is_available()
     if cfg.device == "cuda" and not has_cuda:
         raise InputError(
-            "student.device is 'cuda' and this machine has no usable CUDA device; set it to 'cpu' or 'auto'"
+            "student.device is 'cuda' and this machine has no usable CUDA device; set it to "
+            "'cpu' or 'auto'"
         )
     if cfg.quantization == "nf4" and find_spec("bitsandbytes") is None:
         raise InputError(
-            "student.quantization is 'nf4' and bitsandbytes is not installed; install it or set 'none'"
+            "student.quantization is 'nf4' and bitsandbytes is not installed; install it or set "
+            "'none'"
         )
     return "cuda" if has_cuda and cfg.device != "cpu" else "cpu"
 

@@ -44,7 +44,7 @@ class Batch:
 
     inputs: dict[str, Any]  # what the model is called with
     labels: "torch.Tensor"  # (N,) tokens to predict, example after example
-    chosen: "torch.Tensor | None"  # (B, T) where the logits of N targets stand; None: logits are those N already
+    chosen: "torch.Tensor | None"  # (B, T) where N targets stand; None: they are those N
     n_targets: tuple[int, ...]  # targets of each example; they sum to N
     n_tokens: int  # tokens of the examples: no padding, a shared beginning counted in each
     n_positions: int  # positions the model computes
@@ -273,7 +273,8 @@ def warn_of_few_steps(
     if n_steps >= FEW_STEPS:
         return ""
     return (
-        f"warning: {n_examples} examples make {n_steps} optimiser steps, too few to learn much from "
+        f"warning: {n_examples} examples make {n_steps} optimiser steps, too few to learn much "
+        "from "
         f"(about {FEW_STEPS} are a beginning); take more problems, more train.epochs, "
         "or a smaller train.gradient_accumulation"
     )

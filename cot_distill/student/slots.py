@@ -66,7 +66,7 @@ class SlotCache:
         self,
         slots: torch.Tensor,  # N: slot of each token of the coming call
         columns: torch.Tensor,  # N: its position in the sequence
-        n_read: int = 0,  # decoding: read the first so many slots; 0: a packed prompt reads only itself
+        n_read: int = 0,  # decoding: the first so many slots; 0: a prompt reads itself
         n_columns: int = 0,  # decoding: columns to read; prompt: columns of the shared prefix
     ) -> None:
         "Say where the next forward call writes, and what it reads"
@@ -159,7 +159,8 @@ class Request:
 def _packed(
     requests: Sequence[Request], n_prefix: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    "(token ids, sequence of each token, its position, index of each sequence's last token), all flat"
+    """(token ids, sequence of each token, its position, index of each sequence's last token), all
+    flat"""
     pieces = [r.prompt[n_prefix:] for r in requests]
     lengths = torch.tensor([len(p) for p in pieces])
     ids = torch.tensor([i for p in pieces for i in p])
@@ -415,7 +416,8 @@ class SlotDecoder:
             request.tokens.append(token)
 
     def _take_ended(self) -> list[Request]:
-        "Remove what ended; the last slot of each later group moves up into the gap of the one before"
+        """Remove what ended; the last slot of each later group moves up into the gap of the one
+        before"""
         ended = [r for r in self.busy if r.has_ended(self.choice.stop)]
         for request in ended:
             gap = self.busy.index(request)

@@ -27,7 +27,8 @@ def end_of_turn_id(
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
     if not ids or ids[0] not in _control_tokens(tokenizer):
         raise InputError(
-            f"the chat template does not close the assistant's turn with a special token: it writes {tail!r}"
+            "the chat template does not close the assistant's turn with a special token: it "
+            f"writes {tail!r}"
         )
     return ids[0]
 
@@ -36,7 +37,8 @@ _MARK = "QUESTIONGOESHERE"
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    "Tokens that are no text: special ones, and marks such as `<think>` that a tokenizer only lists as added; id -> text"
+    """Tokens that are no text: special ones, and marks such as `<think>` that a tokenizer only
+    lists as added; id -> text"""
     added = tokenizer.added_tokens_decoder.items()
     return {i: t.content for i, t in added if t.special or re.fullmatch(r"<.+>|\[.+\]", t.content)}
 

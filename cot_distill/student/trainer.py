@@ -62,7 +62,8 @@ def check_finite(
             if not math.isfinite(loss)
         ]
         raise Diverged(
-            f"step {step}: the loss is not a finite number for {', '.join(bad)}; lower train.learning_rate, or look at these rationales"
+            f"step {step}: the loss is not a finite number for {', '.join(bad)}; lower "
+            "train.learning_rate, or look at these rationales"
         )
 
 # %% ../../nbs/student/trainer.ipynb #0e4a57fc
@@ -72,7 +73,8 @@ def halve(
     step: int,  # the one being computed, from 1
     n_processes: int = 1,  # that share the step
 ) -> int:  # examples a pass from here on
-    "A smaller pass after memory ran out; raises `err` when that was not it, `InputError` when none is left"
+    """A smaller pass after memory ran out; raises `err` when that was not it, `InputError` when
+    none is left"""
     out_of_memory = isinstance(err, torch.OutOfMemoryError | MemoryError)
     if not out_of_memory and "can't allocate memory" not in str(err):
         raise err

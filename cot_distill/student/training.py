@@ -272,7 +272,8 @@ def plot_loss(
     variant: str,  # for colour and title
     ax: "Axes | None" = None,
 ) -> "Axes":
-    "Training loss step by step: each step pale, its running mean solid where there are enough steps for one"
+    """Training loss step by step: each step pale, its running mean solid where there are enough
+    steps for one"""
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(7, 3.2), layout="constrained")[1]
