@@ -396,7 +396,7 @@ def train(
 ) -> None:
     """Train one student on each teacher's rationales; a cut-off training goes on where it was.
 
-    Example: [bold]cot-distill train configs/demo.toml --teachers human[/]
+    Example: [bold]cot-distill train configs/demo.toml --teachers template[/]
 
     Example: [bold]cot-distill train configs/demo.toml --merge[/]
     """
@@ -433,7 +433,7 @@ def evaluate(
 ) -> None:
     """Score students on the study's test problems and rewrite results.json.
 
-    Example: [bold]cot-distill eval configs/demo.toml --teachers base,human[/]
+    Example: [bold]cot-distill eval configs/demo.toml --teachers base,template[/]
     """
     study, folder = _open(config, limit, run_dir, overrides)
     names = comma_list(students) or ["base", *study.variants()]

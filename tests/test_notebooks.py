@@ -66,14 +66,14 @@ def test_the_chapters_that_run_once_declare_what_they_can_use() -> None:
 def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> None:
     """As people are used to; the report is then continued from the files of its run, in its own
     folder as JupyterLab does it"""
-    run, report = tmp_path / "runs/demo", tmp_path / "runs/demo/reports/01_generate-human.ipynb"
+    run, report = tmp_path / "runs/demo", tmp_path / "runs/demo/reports/01_generate-template.ipynb"
     report.parent.mkdir(parents=True)
     tool, quiet = (
         [Path(sys.executable).parent / "papermill", "--no-progress-bar"],
         os.environ | {"COT_DISTILL_PROGRESS": "off"},
     )
     given = {
-        "teacher": "human",
+        "teacher": "template",
         "config": "configs/demo.toml",
         "limit": 4,
         "run_dir": os.path.relpath(run, ROOT / "nbs"),
@@ -85,8 +85,8 @@ def test_plain_papermill_and_its_report_opened_where_it_lies(tmp_path: Path) -> 
         check=True,
         env=quiet,
     )
-    table = pd.read_parquet(run / "teachers/human/rationales.parquet")
-    assert list(table["teacher"]) == ["human"] * 4
+    table = pd.read_parquet(run / "teachers/template/rationales.parquet")
+    assert list(table["teacher"]) == ["template"] * 4
     subprocess.run([*tool, report.name, "again.ipynb"], cwd=report.parent, check=True, env=quiet)
     assert "(already done)" in (report.parent / "again.ipynb").read_text(encoding="utf-8")
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["demo"], (
