@@ -29,7 +29,6 @@ from ..core.errors import InputError, ResumeLater
 from ..core.files import atomic_path, fingerprint, read_json
 from ..core.inputs import marker_of
 from ..core.runs import RunFolder
-from ..core.stats import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,6 +110,8 @@ class GenerateSummary:
 
     def accuracy(self) -> str:
         "How many were right, for people: a teacher asked a few times may be better than it looks"
+        from cot_distill.core.stats import wilson  # statsmodels is slow to load, the planner is not
+
         low, high = wilson(self.n_correct, self.n)
         share = f"{self.n_correct} of {self.n} = {self.n_correct / self.n:.1%}"
         return f"{share} (95 % interval {low:.1%} to {high:.1%})"

@@ -24,7 +24,8 @@ def finished_stages(
     run: RunFolder,
 ) -> dict[str, Path]:  # path within the run folder -> marker
     "The markers of a run that say finished"
-    found = sorted(run.path.glob("*/*/*.stage.json"))
+    kinds = ("teachers", "students", "evals")  # causes before their effects
+    found = [path for kind in kinds for path in sorted(run.path.glob(f"{kind}/*/*.stage.json"))]
     markers = [path for path in found if read_json(path)["state"] == "finished"]
     return {str(path.relative_to(run.path)): path for path in markers}
 
