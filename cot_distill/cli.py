@@ -707,7 +707,7 @@ def diff(
         console.print(f"  {key}: {a!r} -> {b!r}", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
-
+# %% ../nbs/cli.ipynb #145e5caa
 @app.command()
 def merge(
     folder: Annotated[
@@ -738,7 +738,7 @@ def merge(
 
     print("\n".join(merge_folders(folder, sources)) or "nothing new")
 
-
+# %% ../nbs/cli.ipynb #fba700ae
 @app.command()
 def freeze(
     folder: Annotated[
@@ -776,7 +776,7 @@ def freeze(
     for frozen, n_withheld in freeze_folder(folder, to, texts=not without_texts).items():
         print(f"{frozen}: {n_withheld} outputs left out" if without_texts else frozen)
 
-
+# %% ../nbs/cli.ipynb #131d4499
 @app.command()
 def site(
     out: Annotated[
