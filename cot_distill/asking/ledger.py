@@ -28,6 +28,7 @@ from typing import Any, Self
 from .replies import Answer, read_body
 from ..core.config import difference
 from ..core.errors import InputError
+from ..core.files import writing
 
 # %% ../../nbs/asking/ledger.ipynb #eb20bd06
 def request_key(
@@ -78,6 +79,14 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_final ON attempts (request_key) WHERE is_f
 """
 
 
+_DISK_TROUBLES = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+)
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     "An open, checked ledger file; raises `InputError` when it is damaged"
     try:
@@ -88,6 +97,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
         connection.executescript(_SCHEMA)
     except sqlite3.DatabaseError as err:
+        if getattr(err, "sqlite_errorcode", 0) & 0xFF in _DISK_TROUBLES:
+            raise _disk_trouble(path, err) from None
         verdict = str(err)
     if verdict != "ok":
         raise InputError(
@@ -107,8 +118,9 @@ class LedgerFile:
         | None = None,  # what its answers depend on; another one is refused
     ):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_file(self.path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock_file(self.path)
         try:
             self._connection = _connect(self.path)
             _check_config(self._connection, self.path, config)
@@ -149,7 +161,7 @@ def _lock_file(path: Path) -> int:
     return handle
 
 
-def _disk_trouble(path: Path, err: sqlite3.OperationalError) -> InputError:
+def _disk_trouble(path: Path, err: sqlite3.DatabaseError) -> InputError:
     "What to do when SQLite cannot write"
     return InputError(
         f"{path} cannot be written ({err}); make room on the disk and run the same command "

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import writing
 from .runs import provenance
 
 # %% ../../nbs/core/journal.ipynb #58c5a89e
@@ -50,12 +51,13 @@ class Journal:
         rows: Iterable[Mapping[str, Any]],  # JSON values
     ) -> None:
         "Write rows and wait until the disk has them"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [dict(row) for row in rows]
-        with open(self.path, "ab") as file:
-            file.write(b"".join(_line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.write(b"".join(_line(row) for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
         self.rows += rows
 
     def note_packages(

@@ -6,6 +6,7 @@
 __all__ = ['LOG_EVERY_S', 'STATUS_EVERY_S', 'log_line', 'write_status', 'Progress']
 
 # %% ../../nbs/core/progress.ipynb #cef8ae7f
+import contextlib
 import json
 import os
 import sys
@@ -56,11 +57,15 @@ def write_status(
     path: Path,
     status: dict[str, Any],
 ) -> None:
-    "Move a fresh status file into place"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    "Move a fresh status file into place; without a word where the disk does not take it"
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(status), encoding="utf-8")
-    os.replace(part, path)
+    with contextlib.suppress(OSError):  # the work's own error is the one to tell
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(status), encoding="utf-8")
+        os.replace(part, path)
+        return
+    with contextlib.suppress(OSError):
+        part.unlink()
 
 # %% ../../nbs/core/progress.ipynb #6bafebc4
 class Progress:
