@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,10 +215,10 @@ def locked(
 ) -> Iterator[None]:
     "Hold a lock; raises `InputError` when another process holds it"
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    with file:
+    with ExitStack() as opened:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(path, "a+", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
