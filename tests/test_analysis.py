@@ -136,6 +136,16 @@ def test_a_number_that_was_changed_in_results_json_is_not_believed(
         load_runs([run])
 
 
+@pytest.mark.parametrize("key", ["problem_set", "variants", "variant"])
+def test_a_key_that_was_damaged_in_results_json_is_a_sentence(tmp_path: Path, key: str) -> None:
+    "One wrong byte in a key ends the reading: no KeyError, and no row that is left out in silence"
+    run = make_run(tmp_path / "damaged", 8, 8)
+    text = (run / "results.json").read_text()
+    (run / "results.json").write_text(text.replace(f'"{key}"', f'"{key[:-1]}~"', 1))
+    with pytest.raises(InputError, match=rf"results\.json is damaged \('{key}' is missing\)"):
+        load_runs([run])
+
+
 def test_results_without_a_base_have_no_differences() -> None:
     rows = result_rows({"n": 10, "variants": [{"variant": "human", "accuracy": 0.5}]})
     assert rows[0]["delta"] is None and rows[0]["n_correct"] == 5

@@ -165,7 +165,12 @@ def read_results(
     if not any(run.path.glob("evals/*/*.parquet")):
         return data
     blocks = [data, *data.get("other_problem_sets", [])]
-    derived = [_derived(run, block) for block in blocks]
+    try:
+        derived = [_derived(run, block) for block in blocks]
+    except KeyError as err:
+        raise InputError(
+            f"{run.results_json} is damaged ({err} is missing); `cot-distill eval` writes it again"
+        ) from None
     if changed := [c for old, new in zip(blocks, derived, strict=True) for c in _changes(old, new)]:
         print(
             f"{run.results_json} says otherwise than the answers in the tables, which count: "
