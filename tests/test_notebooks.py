@@ -157,6 +157,7 @@ def test_is_written_as_a_chapter(path: Path) -> None:
     assert not long, f"exported cells over 90 lines: {long}"
     outputs = json.dumps([c.get("outputs", []) for c in all_cells])
     assert str(ROOT) not in outputs and str(Path.home()) + "/" not in outputs
+    assert "site-packages" not in outputs
     assert path.stat().st_size <= 300_000
 
 

@@ -26,6 +26,7 @@ def main() -> None:
         **os.environ,
         "COT_DISTILL_PROGRESS": "off",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore::SyntaxWarning",  # of packages compiled for the first time: paths
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     chosen = [path for path in found if path in asked or not asked]
