@@ -21,8 +21,10 @@ from places import ROOT
 
 from cot_distill import analysis
 from cot_distill.core.errors import InputError
+from cot_distill.core.inputs import begin_stage, finish_stage
 from cot_distill.core.plots import teacher_color
 from cot_distill.core.problems import load_problems
+from cot_distill.core.runs import RunFolder
 from cot_distill.core.stats import holm, paired_difference
 from cot_distill.reading import figures, prices, verdict
 from cot_distill.reading.format import equations, text_features, value_of
@@ -144,6 +146,22 @@ def test_a_key_that_was_damaged_in_results_json_is_a_sentence(tmp_path: Path, ke
     (run / "results.json").write_text(text.replace(f'"{key}"', f'"{key[:-1]}~"', 1))
     with pytest.raises(InputError, match=rf"results\.json is damaged \('{key}' is missing\)"):
         load_runs([run])
+
+
+@pytest.mark.parametrize("stage", ["generate", "train"])
+def test_what_a_stage_wrote_is_not_believed_once_it_was_edited(tmp_path: Path, stage: str) -> None:
+    "A price in a table of rationales, a loss in a training log: edited by hand, still whole files"
+    run = RunFolder(make_run(tmp_path / "edited", 8, 8))
+    path = {"generate": run.rationales, "train": run.training_log}[stage]("human")
+    begin_stage(path.parent, stage, {})
+    finish_stage(path.parent, stage, [path])
+    load_runs([run.path])
+    if stage == "generate":
+        pd.read_parquet(path).assign(cost_usd=0.5).to_parquet(path, index=False)
+    else:
+        path.write_text(path.read_text().replace("0.25", "0.15"))
+    with pytest.raises(InputError, match=f"{path.name} is damaged since it was made"):
+        load_runs([run.path])
 
 
 def test_results_without_a_base_have_no_differences() -> None:

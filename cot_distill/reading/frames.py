@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.files import read_json, read_parquet
 from ..core.runs import RunFolder
 from ..core.stats import holm, two_proportion_p, wilson
-from .answers import scored_table
+from .answers import check_output, scored_table
 from .results import read_results
 
 # %% ../../nbs/reading/frames.ipynb #a909d617
@@ -298,6 +298,8 @@ def _evals(run: RunFolder) -> pd.DataFrame:
 def _rationales(run: RunFolder) -> pd.DataFrame:
     "Graded texts of all teachers"
     files = [run.rationales(folder.name) for folder in _in_order(run, run.path.glob("teachers/*"))]
+    for path in filter(Path.exists, files):
+        check_output(path, "generate")
     tables = [
         read_parquet(path).assign(variant=path.parent.name) for path in files if path.exists()
     ]
@@ -316,6 +318,8 @@ def _logs(run: RunFolder) -> dict[str, dict[str, Any]]:
     files = [
         run.training_log(folder.name) for folder in _in_order(run, run.path.glob("students/*"))
     ]
+    for path in filter(Path.exists, files):
+        check_output(path, "train")
     return {path.parent.name: read_json(path) for path in files if path.exists()}
 
 

@@ -25,7 +25,7 @@ from cot_distill.core.stats import (
     seed_spread,
     wilson,
 )
-from .answers import scored_table
+from .answers import check_output, scored_table
 
 # %% ../../nbs/reading/results.ipynb #1c73e1b1
 def variant_row(
@@ -36,7 +36,10 @@ def variant_row(
     trained: Variant | None = None,  # whose student with which seed; None is the untrained one
 ) -> dict[str, Any]:  # `vs_base` still empty
     "One variant of `results.json`"
-    log = read_json(run.training_log(variant)) if run.training_log(variant).exists() else {}
+    log = {}
+    if (path := run.training_log(variant)).exists():
+        check_output(path, "train")
+        log = read_json(path)
     row = {"variant": variant, "teacher": trained and trained.teacher}
     row |= {"seed": trained and trained.seed} | _counts(table)
     row |= {
