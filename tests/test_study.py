@@ -16,6 +16,8 @@ from places import ROOT
 from tiny_student import make_student
 
 from cot_distill.batch.compare import compare_runs, compare_sources
+from cot_distill.batch.plan import find_done, plan_jobs
+from cot_distill.batch.series import Row, Series
 from cot_distill.cli import main
 from cot_distill.core.config import StudyConfig, load_study, parse_study, to_toml
 from cot_distill.core.files import read_json, read_parquet, write_json, write_parquet
@@ -293,3 +295,17 @@ def test_real_stages_killed_at_any_instant_end_with_the_same_numbers(tmp_path: P
     done = subprocess.run([*COMMAND, "--run-dir", killed], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert numbers(killed) == numbers(calm)
+
+
+def test_a_damaged_adapter_is_trained_again_before_its_student_is_asked(first, tmp_path):
+    "The planner sees both stages as due, instead of other settings in the second"
+    run = RunFolder(shutil.copytree(first.path, tmp_path / "whole"))
+    study = load_study(run.config_file)
+    jobs = plan_jobs(Series("whole", [Row(study, "base"), Row(study, "human")], run.path))
+    assert {"train human", "eval human"} <= find_done(jobs, reports=False)
+    weights = run.adapter("human") / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = find_done(jobs, reports=False)
+    assert "eval base" in done and not {"train human", "eval human"} & done
