@@ -20,7 +20,7 @@ from .execute import report_finished
 from .series import Estimate, Row, Series
 from ..core.config import EvalSetConfig, ProblemsConfig, StudyConfig, study_settings
 from ..core.errors import InputError
-from ..core.files import fault_of, fingerprint, read_json, sha256_of
+from ..core.files import SEAL, fault_of, fingerprint, read_json, sha256_of
 from cot_distill.core.inputs import (
     begin_stage,
     check_stage,
@@ -223,7 +223,7 @@ def _state_of(job: Job, eval_set: EvalSetConfig | None) -> str:
     if not marker.exists():
         return "new"
     adapter = job.run.adapter(job.variant)
-    if job.stage == "eval" and adapter.exists() and fault_of(adapter):
+    if job.stage == "eval" and (adapter / SEAL).exists() and fault_of(adapter):
         return "due"  # trained again first, then compared
     return check_stage(marker, stage_inputs(job.study, job.stage, job.variant, job.run, eval_set))
 
