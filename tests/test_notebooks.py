@@ -41,12 +41,14 @@ def cells(path: Path) -> list[dict]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_runs_top_to_bottom(path: Path, capfd: pytest.CaptureFixture) -> None:
     "What `nbdev_test` does, notebook by notebook"
-    here, found = os.getcwd(), list(sys.path)
+    here, found, variables = os.getcwd(), list(sys.path), dict(os.environ)
     try:
         passed, _ = run_notebook(path, skip_flags=get_config().tst_flags.split())
     finally:
         os.chdir(here)
         sys.path[:] = found
+        for name in os.environ.keys() - variables.keys():  # a lesson's key is nobody else's
+            del os.environ[name]
     assert passed, capfd.readouterr().err[-4000:]
 
 
