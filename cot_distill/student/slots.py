@@ -215,7 +215,7 @@ class DecodeTally:
         return self.n_busy_slot_steps / max(self.n_slot_steps, 1)
 
 # %% ../../nbs/student/slots.ipynb #0b92fcac
-GROUP = 32  # slots that attend together on a processor
+GROUP = 32  # slots that attend together on a processor; on a GPU all do
 SLOT_ATTENTION = "cot_distill_slots"
 
 
@@ -230,9 +230,9 @@ def slot_attention(
     **others: Any,  # what other kinds of attention need
 ) -> tuple[torch.Tensor, None]:  # (B, S, heads, head size)
     "Attention of slots side by side, each group to its own columns"
-    if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     n_rows, n_heads, n_queries, size = query.shape
+    if attention_mask is None or (query.is_cuda and n_queries > 1):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     packs = n_queries == 1  # the heads that share keys become rows of one product
     rows = query.reshape(n_rows, key.shape[1], -1, size) if packs else query
     out = []
@@ -255,10 +255,10 @@ def slot_attention(
 def attend_by_slots(
     model: Any,  # a transformers model, with adapters or without
 ) -> Iterator[None]:
-    "Let a model on a processor attend group by group for the length of a `with` block"
+    "Let a model attend slot by slot for the length of a `with` block"
     kind = getattr(getattr(model, "config", None), "_attn_implementation", "")
     can_change = hasattr(model, "set_attn_implementation")
-    if kind != "sdpa" or not can_change or model.device.type != "cpu":
+    if kind != "sdpa" or not can_change:
         yield
         return
     AttentionInterface.register(SLOT_ATTENTION, slot_attention)
@@ -282,6 +282,7 @@ class SlotModel:
     ):
         self.model, self.cache, self.n_prefix, self.tally = model, cache, 0, tally
         self.device, self.dtype = model.device, model.get_input_embeddings().weight.dtype
+        self.group = GROUP if self.device.type == "cpu" else cache.n_slots
         if prefix:
             self.read_prompts([Request(-1, prefix)], 0)
             self.n_prefix = len(prefix)
@@ -313,8 +314,8 @@ class SlotModel:
 
     def views(self, requests: list[Request]) -> list[tuple[int, int, int]]:
         "Groups of neighbouring slots: first, last + 1, and the columns that their longest needs"
-        size = GROUP if self.device.type == "cpu" else len(requests)
-        groups = [(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
+        starts = range(0, len(requests), self.group)
+        groups = [(i, min(i + self.group, len(requests))) for i in starts]
         longest = [max(r.length for r in requests[begin:end]) for begin, end in groups]
         return [
             (*group, min(-(-n // 16) * 16, self.cache.n_columns))
@@ -419,9 +420,10 @@ class SlotDecoder:
         """Remove what ended; the last slot of each later group moves up into the gap of the one
         before"""
         ended = [r for r in self.busy if r.has_ended(self.choice.stop)]
+        group = self.slot_model.group
         for request in ended:
             gap = self.busy.index(request)
-            lasts = [*range(gap - gap % GROUP + GROUP - 1, len(self.busy) - 1, GROUP)]
+            lasts = [*range(gap - gap % group + group - 1, len(self.busy) - 1, group)]
             for source in (*lasts, len(self.busy) - 1):
                 if source != gap:
                     self.busy[gap] = self.busy[source]
