@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from .core.config import StudyConfig, is_path
 from .core.errors import InputError
-from .core.runs import gpu_names
+from .core.machine import gpu_names
 
 # %% ../nbs/doctor.ipynb #360cf7ad
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def check_problems(
     study: StudyConfig,
 ) -> list[Finding]:
     "Whether every problem set can be read and graded"
-    from cot_distill.core.problems import problems_of
+    from cot_distill.core.problems import study_problems
     from cot_distill.grading import is_correct
 
     findings = []
@@ -267,7 +267,7 @@ def check_problems(
     for what, part in sets.items():
         found = f"{part.source}, {part.split}"
         try:
-            problems = problems_of(study, part)
+            problems = study_problems(study, part)
         except InputError as err:
             findings.append(Finding(what, "fail", found, str(err)))
             continue
@@ -290,13 +290,13 @@ def check_size(
     study: StudyConfig,
 ) -> list[Finding]:
     "Whether the study is large enough to teach and to tell"
-    from cot_distill.core.problems import eval_problems, study_problems
+    from cot_distill.core.problems import study_problems
     from cot_distill.core.stats import minimum_detectable_difference
     from cot_distill.student.packing import steps_of, warn_of_few_steps
 
     try:
         n = len(study_problems(study)) * study.generate.n_samples
-        n_test = len(eval_problems(study, study.eval_sets[0]))
+        n_test = len(study_problems(study, study.eval_sets[0]))
     except InputError:  # said already
         return []
     steps = f"{steps_of(min(n, study.train.max_examples or n), study.train)} steps at most"

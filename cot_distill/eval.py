@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.config import EvalSetConfig, StudyConfig
 from .core.errors import InputError
-from .core.files import locked, read_json
+from .core.files import Journal, locked, read_json
 from cot_distill.core.inputs import (
     begin_stage,
     finish_stage,
@@ -25,10 +25,9 @@ from cot_distill.core.inputs import (
     stage_inputs,
     student_of,
 )
-from .core.journal import Journal
-from .core.problems import Problem, eval_problems, study_problems
-from .core.progress import Progress
+from .core.problems import Problem, study_problems
 from .core.runs import RunFolder, record_run
+from .core.showing import Progress
 from .grading import grade
 from .reading.answers import answers_at_hand, write_answers
 from .student.engines import open_engine
@@ -69,7 +68,7 @@ def eval_tasks(
     templates = {"study": study.student.prompt_template}
     if variant == "base":
         templates |= study.eval.base_prompts
-    problems, samples = eval_problems(study, eval_set), range(study.eval.n_samples)
+    problems, samples = study_problems(study, eval_set), range(study.eval.n_samples)
     return [
         Task(problem, name, k, template)
         for name, template in templates.items()
@@ -224,7 +223,7 @@ def run_eval(
             inputs = stage_inputs(study, "eval", variant, run, eval_set)
             if begin_stage(run.eval_dir(variant), eval_set.name, inputs) != "done":
                 facts = _evaluate(study, eval_set, variant, run)
-                data = problems_fingerprint(eval_problems(study, eval_set))
+                data = problems_fingerprint(study_problems(study, eval_set))
                 record_run(run, f"eval {eval_set.name}", variant, data=data, **facts)
             else:
                 facts = read_json(marker_of(run, "eval", variant, eval_set))["facts"]
@@ -245,7 +244,7 @@ def _evaluate(
     tasks = eval_tasks(study, eval_set, variant)
     journal = Journal(folder / ".parts" / f"{name}.jsonl")
     earlier = [s.name for s in study.eval_sets[: study.eval_sets.index(eval_set)]]
-    problems = eval_problems(study, eval_set)
+    problems = study_problems(study, eval_set)
     if at_hand := answers_at_hand(folder, earlier, problems, study.eval):
         answers, counts = at_hand[0], {"answers_from": at_hand[1], "n_new": 0}
         counts["wall_s"] = round(time.monotonic() - started, 3)

@@ -110,7 +110,10 @@ def run_generate(
 ) -> GenerateSummary:
     "Ask one teacher everything still unanswered and write its graded rationales"
     started, folder = time.monotonic(), run.teacher_dir(teacher_id)
-    problems, index = study_problems(study, folder / "quarantine.jsonl"), eval_index(study)
+    problems, index = (
+        study_problems(study, quarantine=folder / "quarantine.jsonl"),
+        eval_index(study),
+    )
     questions = list(study_questions(study, teacher_id, problems))
     inputs = stage_inputs(study, "generate", teacher_id, run)
     if begin_stage(folder, "generate", inputs) == "done":

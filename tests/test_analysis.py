@@ -22,9 +22,9 @@ from places import ROOT
 from cot_distill import analysis
 from cot_distill.core.errors import InputError
 from cot_distill.core.inputs import begin_stage, finish_stage
-from cot_distill.core.plots import teacher_color
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.showing import teacher_color
 from cot_distill.core.stats import holm, paired_difference
 from cot_distill.reading import figures, prices, verdict
 from cot_distill.reading.format import equations, text_features, value_of

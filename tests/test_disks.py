@@ -12,7 +12,7 @@ from tiny_student import make_student, make_study
 
 from cot_distill.cli import main
 from cot_distill.core.config import to_toml
-from cot_distill.core.progress import Progress
+from cot_distill.core.showing import Progress
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
 

@@ -24,9 +24,8 @@ from tiny_student import make_student, make_study
 from cot_distill import eval as evaluation
 from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.core.errors import InputError
-from cot_distill.core.files import read_json, read_parquet
+from cot_distill.core.files import Journal, read_json, read_parquet
 from cot_distill.core.inputs import stage_state, student_of
-from cot_distill.core.journal import Journal
 from cot_distill.core.runs import RunFolder
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.eval import eval_tasks, journal_row, run_eval, task_prompts

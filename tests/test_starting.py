@@ -7,7 +7,7 @@ import pytest
 
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
-from cot_distill.core.problems import eval_problems, study_problems
+from cot_distill.core.problems import study_problems
 from cot_distill.starting import write_study
 from cot_distill.student.packing import warn_of_few_steps
 
@@ -29,7 +29,7 @@ def test_it_can_be_loaded_from_anywhere_and_asks_nothing_it_taught(
     teachers = ["http://127.0.0.1:9/v1#some/model:7b", str(tmp_path / "told.jsonl")]
     study = load_study(write_study(problems, teachers, tmp_path / "pens.toml"))
     taught = {p.question for p in study_problems(study)}
-    asked = {p.question for p in eval_problems(study, study.eval_sets[0])}
+    asked = {p.question for p in study_problems(study, study.eval_sets[0])}
     assert (len(taught), len(asked), taught & asked) == (30, 30, set())
     assert list(study.teachers) == ["some-model-7b", "told"]
     assert study.path(study.teachers["told"].path) == tmp_path / "told.jsonl"

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from .replies import Answer, read_body
-from ..core.config import difference
 from ..core.errors import InputError
-from ..core.files import writing
+from ..core.files import difference, writing
 
 # %% ../../nbs/asking/ledger.ipynb #eb20bd06
 def request_key(

@@ -36,7 +36,7 @@ from cot_distill.core.errors import (
     Interrupted,
     handle_signals,
 )
-from ..core.progress import Progress
+from ..core.showing import Progress
 
 # %% ../../nbs/asking/loop.ipynb #3dea6e27
 def prompt_tokens_estimate(

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.config import StudyConfig
 from ..core.errors import InputError
-from ..core.problems import eval_problems
+from ..core.problems import study_problems
 
 # %% ../../nbs/asking/screening.ipynb #2e5973a0
 MARKUP = re.compile(
@@ -121,7 +121,7 @@ def eval_index(
     study: StudyConfig,
 ) -> TestIndex:
     "Evaluation questions and solutions; raises `InputError` when the prompt template holds one"
-    problems = [p for eval_set in study.eval_sets for p in eval_problems(study, eval_set)]
+    problems = [p for eval_set in study.eval_sets for p in study_problems(study, eval_set)]
     index = TestIndex.of(
         (p.question for p in problems), (p.solution for p in problems if p.solution)
     )

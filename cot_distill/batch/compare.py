@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.config import difference, flatten, load_study, study_settings
+from ..core.config import load_study
 from ..core.errors import InputError
-from ..core.files import read_parquet
+from ..core.files import difference, flatten, read_parquet
+from ..core.inputs import study_settings
 from ..core.runs import RunFolder, recorded_stages
 
 # %% ../../nbs/batch/compare.ipynb #1c338ff6

@@ -28,7 +28,7 @@ from ..asking.keys import redact
 from .execute import NotebookRun, failure, read_outcome, start_notebook
 from .plan import Job, count_billions
 from ..core.errors import Interrupted
-from ..core.runs import usable_cores
+from ..core.machine import usable_cores
 
 # %% ../../nbs/batch/executors.ipynb #e6899fff
 class RunningJob(Protocol):

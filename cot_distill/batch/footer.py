@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from ..core.config import flatten
+from ..core.files import flatten
 from ..core.runs import RunFolder, entries_of, provenance, recorded_stages
 
 # %% ../../nbs/batch/footer.ipynb #1e94f23c

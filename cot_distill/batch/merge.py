@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .plan import Job
-from ..core.config import difference, load_study
+from ..core.config import load_study
 from ..core.errors import InputError
-from ..core.files import fingerprint, locked, read_json
+from ..core.files import difference, fingerprint, locked, read_json
 from ..core.inputs import marker_of, stage_inputs
 from ..core.runs import RunFolder, entries_of, recorded_stages, write_run_json
 

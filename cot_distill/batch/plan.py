@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from .execute import report_finished
 from .series import Estimate, Row, Series
-from ..core.config import EvalSetConfig, ProblemsConfig, StudyConfig, study_settings
+from ..core.config import EvalSetConfig, ProblemsConfig, StudyConfig
 from ..core.errors import InputError
 from ..core.files import SEAL, fault_of, fingerprint, read_json, sha256_of
 from cot_distill.core.inputs import (
@@ -28,6 +28,7 @@ from cot_distill.core.inputs import (
     marker_of,
     stage_inputs,
     stage_marker,
+    study_settings,
 )
 from cot_distill.core.runs import (
     RunFolder,
@@ -233,8 +234,9 @@ def once_inputs(
 ) -> dict[str, Any]:  # JSON values
     "What a job reads that a study has once: the study, and the files as they are now"
     files = {str(p.relative_to(job.run.path)): sha256_of(p) for p in job.reads if p.exists()}
-    counted = study_settings(job.study)
-    return {"settings": fingerprint([counted["teachers"], counted["problems"]]), "files": files}
+    settings, shown = study_settings(job.study), ("teachers.", "problems.")
+    counted = {key: value for key, value in settings.items() if key.startswith(shown)}
+    return {"settings": fingerprint(counted), "files": files}
 
 
 def _state_once(job: Job) -> str:

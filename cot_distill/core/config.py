@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Pace', 'Content', 'FILE_ENDINGS', 'Part', 'kind_of', 'ProblemsConfig', 'EvalSetConfig', 'StudentConfig',
            'TeacherConfig', 'GenerateConfig', 'TrainConfig', 'EvalConfig', 'RootedPart', 'Variant', 'StudyConfig',
-           'is_path', 'parse_study', 'read_toml', 'overlay', 'load_study', 'override_settings', 'with_limit', 'to_toml',
-           'flatten', 'difference', 'study_settings', 'files_of']
+           'is_path', 'parse_study', 'read_toml', 'overlay', 'move_paths', 'path_from', 'load_study',
+           'override_settings', 'with_limit', 'to_toml']
 
 # %% ../../nbs/core/config.ipynb #71966ba8
-import copy
+import contextlib
 import difflib
 import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -57,9 +57,8 @@ class ProblemsConfig(Part):
     split: str = "train"
     limit: int | None = Field(None, ge=1)  # first so many problems; None is all
     offset: int = Field(0, ge=0)  # problems skipped before the first
-    columns: dict[Literal["question", "answer", "solution"], str] = Field(
-        default_factory=dict
-    )  # what the source calls them, such as { question = "prompt", answer = "label" }
+    # what the source calls them, such as { question = "prompt", answer = "label" }
+    columns: dict[Literal["question", "answer", "solution"], str] = {}
 
 # %% ../../nbs/core/config.ipynb #a38291a3
 class EvalSetConfig(ProblemsConfig):
@@ -72,9 +71,8 @@ class EvalSetConfig(ProblemsConfig):
 class StudentConfig(Part):
     "The small model that learns, and the one prompt it is trained and scored with"
 
-    model: str = Content(
-        "Qwen/Qwen2.5-1.5B-Instruct"
-    )  # hub id, folder, `.gguf` file or `smollm2-135m`
+    # hub id, folder, `.gguf` file or `smollm2-135m`
+    model: str = Content("Qwen/Qwen2.5-1.5B-Instruct")
     revision: str | None = Content(None)  # commit of the hub model
     quantization: Literal["nf4", "none"] = "none"  # storage of the frozen base weights
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # a run keeps what auto came to
@@ -98,21 +96,16 @@ class TeacherConfig(Part):
     model: str = Content("")  # as the provider names it
     base_url: str | None = None  # any OpenAI-compatible server
     api_key_env: str | None = Pace(None)  # NAME of the environment variable, never the key
-    allow_host: str | None = Pace(
-        None
-    )  # host that this key may go to, where it is not known for it
+    allow_host: str | None = Pace(None)  # where this key may go, if it is not known for it
     sdk: Literal["google-generativeai", "google-genai"] = "google-generativeai"  # gemini only
-    path: str | None = Content(
-        None
-    )  # recorded only: a ledger, parquet or JSONL; `package:` ships with us
+    # recorded only: a ledger, parquet or JSONL; `package:` ships with us
+    path: str | None = Content(None)
     calculator_marks: bool = True  # human only: keep GSM8K notes such as <<48/2=24>>
-    answer_line: str | None = (
-        None  # human only: the last line, such as "Final Answer: {answer}"; None: as it stands
-    )
-    extra_body: dict[str, Any] = Field(default_factory=dict)  # provider's own switches
-    send_as: dict[Literal["temperature", "top_p", "max_tokens"], str] = Field(
-        default_factory=dict
-    )  # openai only: a setting under another name; "" leaves it out
+    # human only: the last line, such as "Final Answer: {answer}"; None: as it stands
+    answer_line: str | None = None
+    extra_body: dict[str, Any] = {}  # provider's own switches
+    # openai only: a setting under another name; "" leaves it out
+    send_as: dict[Literal["temperature", "top_p", "max_tokens"], str] = {}
     rpm: float | None = Pace(None, gt=0)  # requests a minute; None: adapt to the provider
     tpm: float | None = Pace(None, gt=0)  # tokens a minute, max_tokens included
     rpd: int | None = Pace(None, ge=1)  # requests a day
@@ -176,16 +169,13 @@ class EvalConfig(Part):
 
     engine: Literal["transformers", "vllm"] = "transformers"
     max_new_tokens: int = Field(512, ge=1)  # a longer completion counts as truncated
-    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Pace(
-        "auto"
-    )  # sequences decoded side by side
+    # sequences decoded side by side
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Pace("auto")
     n_samples: int = Field(1, ge=1)  # > 1: pass@k and maj@k
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     rule: str = "final_answer"  # name of the grading rule
-    base_prompts: dict[str, str] = Field(
-        default_factory=dict
-    )  # baseline gate: name -> prompt template
+    base_prompts: dict[str, str] = {}  # baseline gate: name -> prompt template
     n_bootstrap: int = Pace(10_000, ge=100)
     n_shots: int = Field(0, ge=0)  # worked examples before the question, from the training problems
 
@@ -211,10 +201,10 @@ class RootedPart(Part):
 
 # %% ../../nbs/core/config.ipynb #6aa12fc0
 class Variant(NamedTuple):
-    "One trained student"
+    "One student"
 
-    teacher: str  # whose texts it learns from
-    seed: int  # of its training
+    teacher: str  # whose texts it learns from; `base` learns from nobody
+    seed: int  # of its training and sampling
 
 # %% ../../nbs/core/config.ipynb #5b0d5879
 class StudyConfig(RootedPart):
@@ -243,9 +233,8 @@ class StudyConfig(RootedPart):
         names = [s.name for s in self.eval_sets]
         if len(set(names)) < len(names):
             raise ValueError(f"eval_sets need different names: got {names}")
-        if twice := self.teachers.keys() & {
-            f"{v.teacher}.seed{v.seed}" for v in self.variants().values() if v.seed != self.seed
-        }:
+        repeats = {name for name, v in self.variants().items() if v.seed != self.seed}
+        if twice := self.teachers.keys() & repeats:
             raise ValueError(
                 f"teacher {min(twice)!r} is also the name of another teacher's repeat; rename it"
             )
@@ -263,24 +252,20 @@ class StudyConfig(RootedPart):
             )
         return self.teachers[teacher_id]
 
-    def variants(
-        self,
-        teacher_ids: Iterable[str] | None = None,  # None is all
-    ) -> dict[str, Variant]:  # by name, the first of every teacher first
+    def variants(self) -> dict[str, Variant]:  # by name, the first of every teacher first
         "The students that the study trains; `base` is not among them"
-        ids = list(self.teachers if teacher_ids is None else teacher_ids)
         return {
             t if k == 0 else f"{t}.seed{self.seed + k}": Variant(t, self.seed + k)
             for k in range(self.repeats)
-            for t in ids
+            for t in self.teachers
         }
 
     def variant(
         self,
         name: str,  # a teacher's id, or a repeat such as `human.seed1`
     ) -> Variant:  # its teacher and seed
-        "One trained student; raises `InputError` with the nearest known name"
-        known = self.variants()
+        "A student, `base` included; raises `InputError` with the nearest known name"
+        known = {"base": Variant("base", self.seed)} | self.variants()
         if name not in known:
             self.teacher(name.rpartition(".seed")[0] or name)
             raise InputError(
@@ -308,29 +293,24 @@ def _nearest(word: str, known: Mapping | list) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 # %% ../../nbs/core/config.ipynb #e8e8aa94
-def _part_at(location: tuple) -> list[str]:
-    "Known keys of the config part that an error's location lies in"
-    model: Any = StudyConfig
-    for step in location[:-1]:
-        if isinstance(step, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
-            continue
-        field = model.model_fields.get(str(step))
-        model = {"eval_sets": EvalSetConfig, "teachers": TeacherConfig}.get(str(step)) or (
-            field.annotation if field else model
-        )
-    return list(getattr(model, "model_fields", {}))
-
-
 def _sentence(error: dict) -> str:
     "One pydantic error as `where: what; what to do`"
     where = ".".join(str(x) for x in error["loc"]) or "study"
     if error["type"] == "extra_forbidden":
-        known = _part_at(error["loc"])
+        known = _part_at(error["loc"]).model_fields
         hint = _nearest(error["loc"][-1], known) or f"; known here: {', '.join(known)}"
         return f"unknown key {where!r}{hint}"
     if error["type"] == "missing":
         return f"{where!r} is missing"
     return f"{where!r}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r:.80})"
+
+
+def _part_at(location: tuple) -> type[Part]:
+    "The config part that an unknown key stands in"
+    if len(location) == 1:
+        return StudyConfig
+    many = {"eval_sets": EvalSetConfig, "teachers": TeacherConfig}
+    return many.get(location[0]) or StudyConfig.model_fields[location[0]].annotation
 
 # %% ../../nbs/core/config.ipynb #0c2afe15
 def parse_study(
@@ -366,31 +346,49 @@ def read_toml(
     other = path.parent / like
     if other.resolve() == path.resolve():
         raise InputError(f"{path} is like itself; `like` names another file")
-    return overlay(_move_paths(read_toml(other, what, hint), other.parent, path.parent), data)
+    return overlay(move_paths(read_toml(other, what, hint), other.parent, path.parent), data)
 
 # %% ../../nbs/core/config.ipynb #0267c1e1
 def overlay(
     old: Mapping[str, Any],  # nested settings
     new: Mapping[str, Any],  # what differs
 ) -> dict[str, Any]:  # neither is changed
-    "Nested settings with others laid over them; a list is replaced whole"
+    "Nested settings with others laid over them; a list is replaced whole, or entry 0, 1, …"
     both = dict(old)
     for key, value in new.items():
-        nested = isinstance(value, Mapping) and value and isinstance(both.get(key), Mapping)
-        both[key] = overlay(both[key], value) if nested else value
+        under = both.get(key)
+        if not (isinstance(value, Mapping) and value and isinstance(under, Mapping | list)):
+            both[key] = value
+        elif isinstance(under, list):
+            entries = {str(i): entry for i, entry in enumerate(under)}
+            both[key] = list(overlay(entries, value).values())
+        else:
+            both[key] = overlay(under, value)
     return both
 
 
-def _move_paths(data: Any, old: Path, new: Path, key: str = "") -> Any:
-    "Settings whose relative paths start at one folder, so that they start at another"
-    if isinstance(data, dict):
-        return {k: _move_paths(v, old, new, k) for k, v in data.items()}
+def move_paths(
+    data: Any,  # nested settings
+    old: Path,  # folder that their relative paths start from
+    new: Path,  # folder that they shall start from
+    key: str = "",  # what `data` stands under
+) -> Any:
+    "The same settings in a file of another folder"
+    if isinstance(data, Mapping):
+        return {k: move_paths(v, old, new, k) for k, v in data.items()}
     if isinstance(data, list):
-        return [_move_paths(v, old, new, key) for v in data]
-    is_relative = isinstance(data, str) and is_path(data) and not data.startswith(("~", "/", "{"))
-    if key in ("source", "path", "model") and is_relative and old.resolve() != new.resolve():
-        return os.path.relpath(old / data, new)
-    return data
+        return [move_paths(v, old, new, key) for v in data]
+    names_file = key in ("source", "path", "model") and isinstance(data, str) and is_path(data)
+    return data if not names_file or data[0] in "~{" else path_from(old / data, new)
+
+
+def path_from(
+    path: Path,
+    folder: Path,  # of the file that names it
+) -> str:  # such as `../data/train.jsonl` or `./train.jsonl`
+    "A path as a file in a folder writes it"
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith(".") else f"./{relative}"
 
 # %% ../../nbs/core/config.ipynb #f7b32cca
 def load_study(
@@ -410,40 +408,21 @@ def load_study(
 
 
 def override_settings(
-    data: Mapping[str, Any],  # a study, parsed
+    data: Mapping[str, Any],  # a study, parsed; it is not changed
     overrides: Mapping[str, str],  # dotted key -> TOML value or plain text
     base_dir: Path,  # folder that the study's relative paths start from
-) -> dict[str, Any]:  # `data` is not changed
-    "A study with single settings changed; raises `InputError` for what is no key"
-    data = copy.deepcopy(dict(data))
+) -> Mapping[str, Any]:
+    "A study with single settings changed, paths seen from here; raises `InputError` for no key"
     for key, value in overrides.items():
-        _set_key(data, key, value, base_dir)
+        data = overlay(data, move_paths(_setting(key, value), Path(), base_dir))
     return data
 
-# %% ../../nbs/core/config.ipynb #60baa9d0
-def _set_key(data: dict, key: str, value: str, base_dir: Path) -> None:
-    "Apply one override in place; a path is given relative to the working directory"
-    names, parsed = _dotted(key, value)
-    if isinstance(parsed, str) and is_path(parsed) and not parsed.startswith("~"):
-        parsed = os.path.relpath(parsed, base_dir)
-    for name in names[:-1]:
-        data = data[int(name)] if isinstance(data, list) else data.setdefault(name, {})
-        if not isinstance(data, dict | list):
-            raise InputError(f"--set {key}={value}: {name!r} is a value, not a table")
-    data[int(names[-1]) if isinstance(data, list) else names[-1]] = parsed
 
-
-def _dotted(key: str, value: str) -> tuple[list[str], Any]:
-    "Names of a dotted TOML key (quotes allowed) and its value; a value that is no TOML is text"
-    for text in (value, json.dumps(value)):
-        try:
-            names, table = [], tomllib.loads(f"{key} = 0")
-            while isinstance(table, dict):
-                names.append(next(iter(table)))
-                table = table[names[-1]]
-            return names, tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
-            continue
+def _setting(key: str, value: str) -> dict[str, Any]:
+    "One setting as the nested table that it is; a value that is no TOML is text"
+    for text in (value, json.dumps(value, ensure_ascii=False)):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"{key} = {text}")
     raise InputError(f"--set {key}={value}: {key!r} is no dotted key such as train.learning_rate")
 
 # %% ../../nbs/core/config.ipynb #b7169500
@@ -460,40 +439,19 @@ def with_limit(
     def cut(part: ProblemsConfig) -> ProblemsConfig:
         return part.model_copy(update={"limit": min(limit, part.limit or limit)})
 
-    smaller = study.model_copy(
-        update={"problems": cut(study.problems), "eval_sets": [cut(s) for s in study.eval_sets]}
-    )
-    smaller._base_dir = study._base_dir
-    return smaller
+    sets = [cut(s) for s in study.eval_sets]
+    return study.model_copy(update={"problems": cut(study.problems), "eval_sets": sets})
 
 # %% ../../nbs/core/config.ipynb #55542544
 def to_toml(
     study: StudyConfig,
-    base_dir: str
-    | Path
-    | None = None,  # folder that the file will lie in; None keeps paths as they are
+    base_dir: str | Path | None = None,  # folder of the file; None keeps paths as they are
 ) -> str:  # TOML text
     "The resolved study as TOML"
     data = study.model_dump(exclude_none=True)
     if base_dir is not None:
-        data = _rebased(data, study, Path(base_dir))
+        data = move_paths(data, study.path("."), Path(base_dir))
     return "\n".join(_toml_lines(data)) + "\n"
-
-
-def _rebased(data: Any, study: StudyConfig, base_dir: Path, key: str = "") -> Any:
-    "A copy of `data` with the study's paths relative to `base_dir`"
-    if isinstance(data, dict):
-        return {k: _rebased(v, study, base_dir, k) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_rebased(v, study, base_dir, key) for v in data]
-    if (
-        key in ("source", "path", "model")
-        and isinstance(data, str)
-        and is_path(data)
-        and not data.startswith("~")
-    ):
-        return os.path.relpath(study.path(data), base_dir)
-    return data
 
 # %% ../../nbs/core/config.ipynb #5de91a5f
 def _toml_value(value: Any) -> str:
@@ -511,93 +469,15 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_lines(data: Mapping[str, Any], prefix: str = "") -> list[str]:
-    "Lines of one table: its values first, then its sub-tables"
-    lines = [f"{_toml_key(k)} = {_toml_value(v)}" for k, v in data.items() if not _is_table(v)]
+    "Lines of one table: its values first, then the tables in it"
+    values, tables = [], []
     for key, value in data.items():
+        parts = value if isinstance(value, list) else [value]
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            values.append(f"{_toml_key(key)} = {_toml_value(value)}")
+            continue
         name = prefix + _toml_key(key)
-        if isinstance(value, dict) and _is_table(value):
-            lines += ["", f"[{name}]", *_toml_lines(value, name + ".")]
-        elif _is_table(value):
-            for item in value:
-                lines += ["", f"[[{name}]]", *_toml_lines(item, name + ".")]
-    return lines
-
-
-def _is_table(value: Any) -> bool:
-    "Whether a value gets a heading of its own"
-    return isinstance(value, dict) or (
-        isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-    )
-
-# %% ../../nbs/core/config.ipynb #6e3ec424
-def flatten(
-    data: Any,  # nested dicts and lists
-    prefix: str = "",
-) -> dict[str, Any]:  # dotted key -> value
-    "Nested settings as one level of dotted keys"
-    items = (
-        data.items()
-        if isinstance(data, Mapping)
-        else enumerate(data)
-        if isinstance(data, list)
-        else None
-    )
-    if items is None or not data:
-        return {prefix: data}
-    return {
-        k: v
-        for name, value in items
-        for k, v in flatten(value, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
-
-
-def difference(
-    old: Any,  # nested settings
-    new: Any,  # nested settings
-) -> dict[str, tuple[Any, Any]]:  # dotted key -> (old, new); None where a side lacks it
-    "What differs between two sets of settings"
-    a, b = flatten(old), flatten(new)
-    return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
-
-# %% ../../nbs/core/config.ipynb #43859763
-def study_settings(
-    study: StudyConfig,
-) -> dict[str, Any]:  # nested; absent settings are None
-    "The settings that make a study this one, and that text alone can tell"
-
-    def told(part: Any) -> Any:
-        if isinstance(part, Part):
-            fields = type(part).model_fields.items()
-            return {
-                name: _told(f, told(getattr(part, name)))
-                for name, f in fields
-                if kind_of(f) != "pace"
-            }
-        if isinstance(part, list):
-            return {one.name: told(one) for one in part}
-        is_table = isinstance(part, dict) and any(isinstance(v, Part) for v in part.values())
-        return {k: told(v) for k, v in part.items()} if is_table else part
-
-    return told(study)
-
-
-def _told(field: FieldInfo, value: Any) -> Any:
-    "A setting's value; a path says only that it is one"
-    names_file = kind_of(field) == "content" and isinstance(value, str) and is_path(value)
-    return "a file" if names_file else value
-
-
-def files_of(
-    study: StudyConfig,
-) -> dict[str, str]:  # dotted key -> path, seen from the working directory
-    "The files and folders that a study names"
-    parts = {"problems": study.problems, "student": study.student}
-    parts |= {f"eval_sets.{s.name}": s for s in study.eval_sets}
-    parts |= {f"teachers.{name}": teacher for name, teacher in study.teachers.items()}
-    named = {
-        f"{at}.{name}": getattr(part, name)
-        for at, part in parts.items()
-        for name, field in type(part).model_fields.items()
-        if kind_of(field) == "content"
-    }
-    return {key: study.source(text) for key, text in named.items() if text and is_path(text)}
+        for part in parts:
+            heading = f"[[{name}]]" if part is not value else f"[{name}]"
+            tables += ["", heading, *_toml_lines(part, name + ".")]
+    return values + tables

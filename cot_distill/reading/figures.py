@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..core.plots import teacher_color
+from ..core.showing import teacher_color
 from .mistakes import MISTAKES
 from .words import p_phrase
 

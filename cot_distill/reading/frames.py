@@ -17,9 +17,8 @@ from typing import Any
 import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from ..core.config import flatten
 from ..core.errors import InputError
-from ..core.files import read_json, read_parquet
+from ..core.files import flatten, read_json, read_parquet
 from ..core.runs import RunFolder
 from ..core.stats import holm, two_proportion_p, wilson
 from .answers import check_output, scored_table

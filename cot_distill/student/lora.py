@@ -17,7 +17,7 @@ import torch
 
 from ..core.config import StudentConfig, StudyConfig, TrainConfig
 from ..core.errors import InputError
-from ..core.files import file_fingerprint, fingerprint, seal
+from ..core.files import content_fingerprint, fingerprint, seal
 from ..core.inputs import gguf_file
 from .checkpoints import whole_or_gone
 from .model import base_name, quiet

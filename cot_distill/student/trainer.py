@@ -21,7 +21,7 @@ from ..core.config import StudentConfig, TrainConfig
 from ..core.errors import CotDistillError, InputError, handle_signals
 from ..core.files import seal
 from ..core.inputs import dtype_of
-from ..core.progress import Progress
+from ..core.showing import Progress
 from .checkpoints import checkpoints_in, keep_newest, whole_or_gone
 from .model import device_of
 from cot_distill.student.packing import (

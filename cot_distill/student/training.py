@@ -20,9 +20,8 @@ from ..core.config import StudentConfig, StudyConfig, TrainConfig
 from ..core.errors import Interrupted
 from ..core.files import fingerprint, locked, write_json
 from ..core.inputs import finish_stage, student_of
-from ..core.plots import teacher_color
-from ..core.progress import Progress
 from ..core.runs import RunFolder, provenance, record_run
+from ..core.showing import Progress, teacher_color
 from .checkpoints import last_good
 from .lora import add_lora, card_text, write_adapter
 from .model import device_of, load_student, load_tokenizer, student_source

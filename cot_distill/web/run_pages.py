@@ -21,8 +21,8 @@ import pandas as pd
 
 from .. import analysis
 from ..core.files import atomic_path, read_json
-from ..core.plots import teacher_color
 from ..core.runs import RunFolder
+from ..core.showing import teacher_color
 from ..grading import explain, is_letter
 from ..reading import figures, verdict
 from ..reading.frames import Runs, load_runs

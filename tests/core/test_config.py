@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
-from cot_distill.core.config import difference, load_study, parse_study, to_toml, with_limit
+from cot_distill.core.config import load_study, parse_study, to_toml, with_limit
 from cot_distill.core.errors import InputError
+from cot_distill.core.files import difference
 
 FOUND = sorted((ROOT / "configs").rglob("*.toml"))
 CONFIGS = [path for path in FOUND if "steps" not in tomllib.loads(path.read_text())]
@@ -172,7 +173,7 @@ def test_overrides_reach_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     with pytest.raises(InputError, match="no dotted key"):
         load_study(path, overrides={"train learning": "1"})
-    with pytest.raises(InputError, match="is a value"):
+    with pytest.raises(InputError, match="'seed': Input should be a valid integer"):
         load_study(path, overrides={"seed.x": "1"})
 
 

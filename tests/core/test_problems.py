@@ -65,7 +65,7 @@ def test_multiple_choice_in_the_forms_of_mmlu_and_arc(row: dict, letter: str):
 
 def test_a_choice_that_there_is_not_is_set_aside():
     rows = [{"question": "q", "choices": ["x", "y"], "answer": 4}]
-    assert "none of 2 choices" in parse_rows(rows, "x")[1][0].reason
+    assert "none of 2 choices" in parse_rows(rows, "x")[1][0]["reason"]
 
 
 def test_a_story_in_a_column_of_its_own():

@@ -18,7 +18,7 @@ from cot_distill.core.errors import InputError, Interrupted, ResumeLater
 from cot_distill.core.config import load_study
 from cot_distill.core.inputs import begin_stage, finish_stage, marker_of
 from cot_distill.core.inputs import rationales_fingerprint, stage_inputs
-from cot_distill.core.progress import Progress
+from cot_distill.core.showing import Progress
 from cot_distill.core.files import atomic_path, write_json
 from cot_distill.core.runs import RunFolder
 run, variant = RunFolder(run_dir), None if STAGE in ('teachers', 'analyze') else teacher
