@@ -1,7 +1,7 @@
 """Problems a second of base and four adapters: this project's decoder, one at a time, static
-batches, lm-eval, vLLM.
+batches, transformers' continuous batching, lm-eval, vLLM.
 
-    python benchmarks/eval.py                           # the first three, some minutes
+    python benchmarks/eval.py                           # the first four, some minutes
     python benchmarks/eval.py --lm-eval-python ~/lm/bin/python --vllm-python ~/vllm/bin/python
     python benchmarks/eval.py --student Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 \\
         --n 1319 --slots 256 --static 64                # on a GPU
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +197,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = prepare(args, args.keep or Path(folder))
         found = {name: run(args, name, work, python) for name, python in pythons(args).items()}
-    rows, flips = (
-        [row(args, name, found[name]) for name in ENGINES if found.get(name)],
-        flip_rate(found),
-    )
+    rows = [row(args, name, found[name]) for name in ENGINES if found.get(name)]
+    names = {"continuous": "transformers' continuous batching", "vllm": "vLLM"}
+    flips = {names[name]: flip_rate(found, name) for name in names if found.get(name)}
     by = "problems_per_cpu_s" if args.threads else "problems_per_s"
     times = {row["engine"]: rows[0][by] / row[by] for row in rows}
     used = scheduler_use(1319, 32)
     goals = [
         common.goal("over one at a time, times", 8, times.get("alone")),
+        common.goal("over transformers' continuous batching, times", 1, times.get("continuous")),
         common.goal("over lm-eval with its hf backend, times", 2, times.get("lm-eval")),
         common.goal("slot use, 1,319 problems for each of five students", 0.9, used),
     ]
@@ -242,9 +243,8 @@ def main() -> None:
             "student weighs more"
         ),
         *(
-            [f"vLLM and this decoder wrote other tokens for {flips[0]} of {flips[1]} problems"]
-            if flips
-            else []
+            f"{who} and this decoder wrote other tokens for {n_other} of {n_both} problems"
+            for who, (n_other, n_both) in flips.items()
         ),
         *([args.note] if args.note else []),
     ]
@@ -253,7 +253,7 @@ def main() -> None:
 
 def pythons(args: argparse.Namespace) -> dict[str, str]:
     "Engine -> python to run it with, empty where there is none"
-    return dict.fromkeys(("slots", "alone", "static"), sys.executable) | {
+    return dict.fromkeys(("slots", "alone", "static", "continuous"), sys.executable) | {
         "lm-eval": args.lm_eval_python,
         "vllm": args.vllm_python,
     }
@@ -391,6 +391,7 @@ def row(args: argparse.Namespace, name: str, found: dict[str, Any]) -> dict[str,
         "slots": args.slots,
         "alone": 1,
         "static": args.static,
+        "continuous": args.slots,
         "lm-eval": args.static,
     }.get(name)
     tokens_per_s = found["mean_tokens"] / found["wall_s"]
@@ -474,13 +475,8 @@ def with_generate(args: argparse.Namespace, work: dict[str, Any], batch: int) ->
                     model, tokenizer, prompts[start : start + batch], lengths[start : start + batch]
                 )
 
-        with torch.inference_mode():
-            if variant == "base":
-                with model.disable_adapter():
-                    _, cost = timed(all_of_them)
-            else:
-                model.set_adapter(first)
-                _, cost = timed(all_of_them)
+        with torch.inference_mode(), use_variant(model, variant):
+            _, cost = timed(all_of_them)
         parts[variant] = cost | {"n_tokens": sum(lengths), "n_problems": n}
     return result(parts, work)
 
@@ -519,6 +515,66 @@ def measure_alone(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, A
 def measure_static(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     "Static batches"
     return with_generate(args, work, args.static)
+
+
+def measure_continuous(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    """transformers' continuous batching, which `generate_batch` stands on: pages for keys and
+    values, PEFT's adapter beside the weights"""
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    from cot_distill.student.lora import load_adapter
+    from cot_distill.student.model import load_student
+
+    model, tokenizer = load_student(student_of(args))
+    first = next(iter(work["adapters"]))
+    model = load_adapter(model, Path(work["adapters"][first]), first)
+    pages = -(-(max(map(len, work["prompts"])) + LONGEST) // 256)
+    config = ContinuousBatchingConfig(
+        max_requests_per_batch=args.slots, num_blocks=args.slots * pages, max_batch_tokens=512
+    )
+    greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=tokenizer.pad_token_id)
+    n = min(args.n, 2 * args.slots)
+    parts, written = {}, {}
+    for variant in ("base", first):
+        lengths = work["lengths"][variant][:n]
+        with use_variant(model, variant):
+            done, cost = timed(
+                lambda lengths=lengths: served(
+                    model.get_base_model(), greedy, config, work["prompts"][:n], lengths
+                )
+            )
+        written[variant] = [done[str(i)] for i in range(n)]
+        if [len(tokens) for tokens in written[variant]] != lengths:
+            raise SystemExit("continuous batching did not write the tokens that it was asked for")
+        parts[variant] = cost | {"n_tokens": sum(lengths), "n_problems": n}
+    return result(parts, work, written=written)
+
+
+def use_variant(model: Any, variant: str) -> Any:
+    "A `with` block in which PEFT's adapter, or none, speaks"
+    if variant == "base":
+        return model.disable_adapter()
+    model.set_adapter(variant)
+    return nullcontext()
+
+
+def served(
+    model: Any, greedy: Any, config: Any, prompts: list[list[int]], lengths: list[int]
+) -> dict[str, list[int]]:
+    "What `generate_batch` does, with a limit for each request: it takes one limit for all"
+    done: dict[str, list[int]] = {}
+    how = {"generation_config": greedy, "continuous_batching_config": config}
+    with model.continuous_batching_context_manager(**how, timeout=5) as manager:
+        for i, (prompt, limit) in enumerate(zip(prompts, lengths, strict=True)):
+            manager.add_request(prompt, request_id=str(i), max_new_tokens=limit)
+        while len(done) < len(prompts):
+            answer = manager.get_result(timeout=1)
+            if answer is not None and answer.is_finished():
+                done[answer.request_id] = list(answer.generated_tokens)
+            elif answer is None and not manager.is_running():
+                raise SystemExit("continuous batching ended before its requests did")
+    return done
 
 
 def measure_lm_eval(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
@@ -608,12 +664,10 @@ def measure_vllm(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, An
     return result(each, work, written=written)
 
 
-def flip_rate(found: dict[str, Any]) -> tuple[int, int] | None:
-    "(problems that vLLM and this decoder wrote other tokens for, problems both decoded)"
-    if not found.get("vllm"):
-        return None
-    ours, theirs = (found[name]["written"] for name in ("slots", "vllm"))
-    pairs = [(a, b) for v in ours for a, b in zip(ours[v], theirs[v], strict=False)]
+def flip_rate(found: dict[str, Any], name: str) -> tuple[int, int]:
+    "(problems that an engine and this decoder wrote other tokens for, problems both decoded)"
+    ours, theirs = (found[engine]["written"] for engine in ("slots", name))
+    pairs = [(a, b) for v in theirs if v in ours for a, b in zip(ours[v], theirs[v], strict=False)]
     return sum(a != b for a, b in pairs), len(pairs)
 
 
@@ -655,6 +709,7 @@ ENGINES = {
     "slots": measure_slots,
     "alone": measure_alone,
     "static": measure_static,
+    "continuous": measure_continuous,
     "lm-eval": measure_lm_eval,
     "vllm": measure_vllm,
 }

@@ -7,8 +7,9 @@ SFTTrainer beside them.
         --trl-python …                                           # on a GPU: with MFU
 
 A variant is an engine and the weights it trains on: `packed-nf4`, `padded-fp32`, `trl-bf16`,
-...; `trl_free` is TRL without padding, which needs FlashAttention. Every variant runs in a
-process of its own, in turn, `--rounds` times over, on the same examples in the same order with
+...; `trl_free` is TRL without padding, which needs FlashAttention; `trl_packed` is TRL's own
+packing, by best fit into rows as long as the longest step here. Every variant runs in a process of
+its own, in turn, `--rounds` times over, on the same examples in the same order with
 the same recipe; the first step is not counted. Tokens are those of the examples: padding is no
 work, and a beginning that packed examples share counts in each of them. Figures are medians,
 ratios are of medians; without a GPU they are of processor seconds, which other work on the
@@ -38,8 +39,10 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }  # dense bfloat16
-CPU_VARIANTS = "packed-fp32,padded-fp32,trl-fp32,packed-bf16,packed-nf4"
-GPU_VARIANTS = "packed-bf16,padded-bf16,trl-bf16,trl_free-bf16,packed-nf4,padded-nf4"
+CPU_VARIANTS = "packed-fp32,padded-fp32,trl-fp32,trl_packed-fp32,packed-bf16,packed-nf4"
+GPU_VARIANTS = (
+    "packed-bf16,padded-bf16,trl-bf16,trl_free-bf16,trl_packed-bf16,packed-nf4,padded-nf4"
+)
 
 
 def settings() -> argparse.Namespace:
@@ -105,9 +108,11 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
         arguments = training_arguments(student, cfg, 0, len(order), Path(folder))
         arguments.save_strategy = "no"
         make = trl_trainer if variant.startswith("trl") else our_trainer
-        trainer, pad_frac = make(variant, model, tokenizer, examples, order, cfg, arguments)
+        trainer, batches = make(variant, model, tokenizer, examples, order, cfg, arguments)
         ends = timed(trainer)
     tokens = [sum(examples[i].n_tokens for i in step) for step in order]
+    if variant.startswith("trl_packed"):  # its steps are of other examples
+        tokens = [b["input_ids"].numel() for b in batches]
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     (wall_0, cpu_0), (wall_1, cpu_1) = ends[0], ends[-1]
     done = sum(tokens[1:]) / (wall_1 - wall_0)
@@ -116,7 +121,7 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
     return {
         "tokens_per_s": done,
         "tokens_per_cpu_s": per_cpu_s,
-        "pad_frac": pad_frac,
+        "pad_frac": pad_frac_of(batches),
         "peak_memory_gb": peak.gb(),
         "estimated_memory_gb": plan.memory_gb,
         "mfu": mfu,
@@ -156,21 +161,22 @@ def examples_of(source: str, tokenizer: Any, student: Any, n: int) -> list:
 
 def our_trainer(
     variant: str, model: Any, tokenizer: Any, examples: list, order: list, cfg: Any, arguments: Any
-) -> tuple[Any, float]:
-    "This package's trainer, and the share of positions that are padding"
+) -> tuple[Any, list]:
+    "This package's trainer, and what the model is called with in each step"
     from cot_distill.student.lora import add_lora
     from cot_distill.student.trainer import make_trainer
 
     trainer = make_trainer(
         add_lora(model, cfg, 0), examples, arguments, cfg, 0, tokenizer.pad_token_id
     )
-    return trainer, pad_frac_of(trainer.make_batch(p).inputs for p in trainer.train_dataset)
+    return trainer, [trainer.make_batch(p).inputs for p in trainer.train_dataset]
 
 
 def trl_trainer(
     variant: str, model: Any, tokenizer: Any, examples: list, order: list, cfg: Any, arguments: Any
-) -> tuple[Any, float]:
-    "TRL's SFTTrainer on the same tokens in the same order, with the same recipe"
+) -> tuple[Any, list]:
+    """TRL's SFTTrainer on the same tokens with the same recipe, and in the same order unless it
+    packs; and what the model is called with in each step"""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -186,9 +192,11 @@ def trl_trainer(
         {"input_ids": [*e.prompt, *e.completion], "completion_mask": e.loss_mask}
         for e in (examples[i] for step in order for i in step)
     ]
+    packs = variant.startswith("trl_packed")
+    longest_step = max(sum(examples[i].n_tokens for i in step) for step in order)
     config = SFTConfig(
         output_dir=arguments.output_dir,
-        per_device_train_batch_size=cfg.batch_size,
+        per_device_train_batch_size=1 if packs else cfg.batch_size,
         gradient_accumulation_steps=1,
         num_train_epochs=1,
         learning_rate=cfg.learning_rate,
@@ -204,7 +212,8 @@ def trl_trainer(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        max_length=cfg.max_length,
+        packing=packs,
+        max_length=longest_step if packs else cfg.max_length,
         completion_only_loss=True,
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",
@@ -226,10 +235,10 @@ def trl_trainer(
         processing_class=tokenizer,
         peft_config=lora,
     )
-    return trainer, pad_frac_of(trainer.get_train_dataloader())
+    return trainer, list(trainer.get_train_dataloader())
 
 
-def pad_frac_of(batches: Any) -> float:
+def pad_frac_of(batches: list) -> float:
     "Positions that no one attends to, of all positions"
     n_pads = n_positions = 0
     for inputs in batches:
@@ -388,6 +397,11 @@ def goals(rows: list[dict], weights: str) -> list[dict]:
                 over(rows, problems, f"packed-{weights}", f"trl-{weights}"),
             ),
             common.goal(
+                f"{problems}: packed over TRL's own packing, speed, times",
+                1.0,
+                over(rows, problems, f"packed-{weights}", f"trl_packed-{weights}"),
+            ),
+            common.goal(
                 f"{problems}: padding when packed, share of positions",
                 0.02,
                 mine.get("pad_frac"),
@@ -425,6 +439,10 @@ def notes(args: argparse.Namespace, n_rounds: int) -> list[str]:
         (
             "TRL logs entropy and token accuracy at each step, as it does by default; gradient "
             "checkpointing, its default, is off."
+        ),
+        (
+            "trl_packed fills rows as long as the longest step of the others by best fit, one row "
+            "a step: the same examples in other steps, so its losses are of other steps too."
         ),
     ]
 
