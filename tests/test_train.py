@@ -20,19 +20,18 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from cot_distill.cli import app
-from cot_distill.core.config import EvalSetConfig, StudentConfig, TrainConfig
+from cot_distill.core.config import EvalSetConfig, StudentConfig, TrainConfig, parse_study
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import fault_of, read_json, seal
 from cot_distill.core.inputs import student_of
 from cot_distill.core.runs import RunFolder, open_run
 from cot_distill.student.checkpoints import checkpoints_in, last_good
-from cot_distill.student.lora import add_lora, load_adapter
+from cot_distill.student.lora import add_lora, card_text, load_adapter
 from cot_distill.student.model import load_student, load_tokenizer
 from cot_distill.student.packing import (
     Example,
     example_losses,
     pack,
-    pack_apart,
     packing_for,
     pad,
     passes_of,
@@ -151,7 +150,11 @@ def test_the_end_is_a_target_in_every_form_of_batch(start):
     examples, _ = read_examples(
         pd.read_parquet(run.rationales("human")), tokenizer, study.student, study.train
     )
-    for batch in (pack(examples), pack_apart(examples), pad(examples, tokenizer.pad_token_id)):
+    for batch in (
+        pack(examples),
+        pack(examples, share_prefix=False),
+        pad(examples, tokenizer.pad_token_id),
+    ):
         assert (batch.labels == end_of_turn_id(tokenizer)).sum() == len(examples)
         assert len(batch.labels) == sum(len(e.completion) for e in examples)
 
@@ -249,10 +252,10 @@ def test_packed_losses_and_gradients_equal_unpacked(name, student, start):
         return losses, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
     alone, gradient = losses_and_gradient([pad([e], 0) for e in examples])
-    forms = {"padded": pad(examples, tokenizer.pad_token_id), "blocks": pack_apart(examples)}
-    found = {form: losses_and_gradient([batch]) for form, batch in forms.items()}
-    assert packing_for(base) is pack
+    found = {"padded": losses_and_gradient([pad(examples, tokenizer.pad_token_id)])}
+    own = packing_for(base)
     found |= {
+        "own": losses_and_gradient([own(examples)]),
         "shared": losses_and_gradient([pack(examples)]),
         "apart": losses_and_gradient([pack(examples, share_prefix=False)]),
     }
@@ -266,7 +269,7 @@ def test_packing_has_no_padding(start):
     examples, _ = read_examples(
         pd.read_parquet(run.rationales("human")), tokenizer_of(study), study.student, study.train
     )
-    assert pack_apart(examples).n_positions == sum(e.n_tokens for e in examples)
+    assert pack(examples, share_prefix=False).n_positions == sum(e.n_tokens for e in examples)
     assert pack(examples).n_positions < 0.8 * pad(examples, 0).n_positions
 
 
@@ -826,3 +829,17 @@ def test_a_repeat_is_the_same_study_with_another_seed(start):
     alone = run_train(other_study.model_copy(update={"seed": 1}), "human", other_run)
     assert losses_of(alone) == losses_of(logs[1])
     assert logs[0]["mean_nll"] == logs[1]["mean_nll"], "the same texts, the same untrained student"
+
+
+def test_the_card_of_a_student_from_a_file_names_the_file_and_no_path(start, tmp_path, monkeypatch):
+    study, run = start()
+    log = run_train(study, "human", run)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "student.gguf").write_bytes(b"")
+    settings = study.model_dump(exclude_none=True)
+    settings["student"]["model"] = "../../data/student.gguf"  # seen from the study's file
+    moved = parse_study(settings, tmp_path / "here" / "deeper")
+    card = card_text(moved, "human", log)
+    assert 'gguf_file="student.gguf"' in card and "data/" not in card

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.config import StudentConfig, StudyConfig, TrainConfig
+from ..core.config import StudentConfig, StudyConfig, TrainConfig, is_path
 from ..core.errors import InputError
 from ..core.files import content_fingerprint, fingerprint, seal
-from ..core.inputs import gguf_file
+from ..core.inputs import gguf_file, student_of
 from .checkpoints import whole_or_gone
 from .model import base_name, quiet
 
@@ -159,7 +159,7 @@ def write_adapter(
 
 
 def loading_lines(
-    student: StudentConfig,
+    student: StudentConfig,  # `model` ready to open
 ) -> str:  # Python
     "How to load the adapter in the folder one stands in, with `transformers` and `peft` alone"
     path = gguf_file(student.model)
@@ -183,12 +183,13 @@ def card_text(
     log: Mapping[str, Any],  # training_log.json
 ) -> str:  # Markdown with the hub's front matter
     "The model card of an adapter"
-    cfg, student = study.train, study.student
+    cfg, student = study.train, student_of(study)
+    name = base_name(student) if is_path(student.model) else student.model
     teacher_id, seed = study.variant(variant)
     source = study.teacher(teacher_id)
     rows = {
         "student": (
-            f"{student.model}{f' at {student.revision}' if student.revision else ''}, "
+            f"{name}{f' at {student.revision}' if student.revision else ''}, "
             f"{student.quantization if student.quantization != 'none' else student.dtype}"
         ),
         "teacher": f"{teacher_id} ({source.model or source.provider})",
@@ -230,7 +231,7 @@ def card_text(
         "Trained to explain word problems the way its teacher does. A low loss says that the "
         "texts were learned, not that answers are right: see the evaluation of the same run."
     )
-    title = f"# {student.model}, taught by {teacher_id}"
+    title = f"# {name}, taught by {teacher_id}"
     return f"{front}\n{title}\n\n{note}\n\n| | |\n|---|---|\n{table}\n\n{_loading(student)}"
 
 
