@@ -233,7 +233,7 @@ def once_inputs(
     job: Job,  # without a variant
 ) -> dict[str, Any]:  # JSON values
     "What a job reads that a study has once: the study, and the files as they are now"
-    files = {str(p.relative_to(job.run.path)): sha256_of(p) for p in job.reads if p.exists()}
+    files = {os.path.relpath(p, job.run.path): sha256_of(p) for p in job.reads if p.exists()}
     settings, shown = study_settings(job.study), ("teachers.", "problems.")
     counted = {key: value for key, value in settings.items() if key.startswith(shown)}
     return {"settings": fingerprint(counted), "files": files}
