@@ -240,6 +240,14 @@ def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None
     pd.testing.assert_frame_equal(main, copy)
 
 
+def test_answers_whose_texts_were_withheld_have_no_outcome(made: Runs) -> None:
+    answers = verdict.first_set(made.evals, made.results)
+    first, *others = answers["variant"].unique()
+    held = {c: answers[c].where(answers["variant"] != first, "") for c in ("question", "completion")}
+    found = with_outcomes(answers.assign(**held))
+    assert list(found["variant"].unique()) == others
+
+
 def test_outcomes_add_up_and_agree_with_accuracy(made: Runs) -> None:
     answers = with_outcomes(verdict.first_set(made.evals, made.results))
     shares = outcome_shares(answers)

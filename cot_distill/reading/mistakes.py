@@ -106,7 +106,8 @@ def mistake(
 def with_outcomes(
     answers: pd.DataFrame,  # students' answers to one problem set
 ) -> pd.DataFrame:  # the same rows with `outcome`: `right` or one of `MISTAKES`
-    "Answers with what became of them"
+    "Answers with what became of them; those whose texts were withheld are left out"
+    answers = answers[answers["question"] != ""]  # as `freeze` without texts leaves them
     right = answers["is_correct"].astype(bool)
     solved = answers[right]
     n_needed = (
