@@ -8,12 +8,11 @@ __all__ = ['HOSTED', 'TEXT', 'LEAST_STEPS', 'BATCH', 'LEAST_PROBLEMS', 'teacher_
 # %% ../nbs/starting.ipynb #cd5a3ed8
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .core.config import parse_study, read_toml
+from .core.config import parse_study, path_from, read_toml
 from .core.errors import InputError
 from .core.problems import Problem, load_problems
 
@@ -43,7 +42,7 @@ def teacher_table(
         table = {"provider": "openai", "model": model, "base_url": url}
     elif Path(teacher).suffix in (".jsonl", ".parquet", ".sqlite"):
         model = Path(teacher).stem
-        table = {"provider": "recorded", "path": os.path.relpath(teacher, folder)}
+        table = {"provider": "recorded", "path": path_from(Path(teacher), folder)}
     else:
         model = teacher
         known = next(table for start, table in HOSTED.items() if teacher.startswith(start))
@@ -89,6 +88,8 @@ gradient_accumulation = 1
 [eval]
 max_new_tokens = 256  # a longer answer counts as cut off
 """
+
+# %% ../nbs/starting.ipynb #5981f100
 LEAST_STEPS, BATCH = 24, 8
 
 
@@ -106,10 +107,9 @@ def study_text(
     for teacher_id, table in tables.items():
         written += f"[teachers.{json.dumps(teacher_id)}]\n"
         written += "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()) + "\n"
-    path = os.path.relpath(source, file.parent)
     return TEXT.format(
         n=len(problems),
-        source=json.dumps(path if path.startswith(".") else f"./{path}", ensure_ascii=False),
+        source=json.dumps(path_from(source, file.parent), ensure_ascii=False),
         names=" and ".join(tables),
         file=file.name,
         name=json.dumps(re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip("-._") or "study"),
@@ -143,5 +143,5 @@ def write_study(
         )
     text = study_text(file, source, teachers, problems)
     file.write_text(text, encoding="utf-8")
-    parse_study(read_toml(file, "study", "write it again"), file.parent, str(file))
+    parse_study(read_toml(file), file.parent, str(file))
     return file

@@ -216,7 +216,10 @@ def test_only_those_who_are_asked_are_quoted(tmp_path: Path) -> None:
 def test_doctor_never_shows_a_key(tmp_path: Path) -> None:
     study = make_project(tmp_path, "gpt", provider="gemini")
     done = call("doctor", study, cwd=tmp_path, GEMINI_API_KEY="AIza-secret-value-123456")
-    assert "GEMINI_API_KEY is set" in done.stdout and "AIza-secret" not in done.stdout + done.stderr
+    assert (
+        "key of gpt: GEMINI_API_KEY" in done.stdout
+        and "AIza-secret" not in done.stdout + done.stderr
+    )
     done = call("doctor", study, "--json", cwd=tmp_path)
     findings = {one["what"]: one for one in json.loads(done.stdout)}
     assert done.returncode == 2 and findings["key of gpt"]["state"] == "fail"

@@ -9,6 +9,7 @@ from faulty_server import FaultyServer, Reply, completion
 
 from cot_distill.core.config import StudyConfig, parse_study
 from cot_distill.doctor import (
+    check_answers,
     check_keys,
     check_precision,
     check_problems,
@@ -43,6 +44,17 @@ def test_answers_that_cannot_be_graded_are_not_well(tmp_path: Path) -> None:
     assert list(states.values()) == [["ok"] * 2, ["warn"] * 2, ["fail"] * 2]
     found = check_problems(study_of(tmp_path / "x.jsonl", ["5", "7", "a lot of pens"]))[0]
     assert "1 answers are neither" in found.advice and "'a lot of pens'" in found.advice
+
+
+def test_humans_who_wrote_no_solutions_teach_nothing(tmp_path: Path) -> None:
+    path, worked = tmp_path / "x.jsonl", "2 and 3 are 5.\n#### 5"
+    heard = {n: check_answers(study_of(path, [worked] * n + ["5"] * (3 - n)))[0] for n in (0, 2, 3)}
+    assert [(f.state, f.found) for f in heard.values()] == [
+        ("fail", "0 of 3"),
+        ("warn", "2 of 3"),
+        ("ok", "3 of 3"),
+    ]
+    assert "no worked solution" in heard[0].advice and "another teacher" in heard[0].advice
 
 
 def test_a_study_too_small_to_teach_or_to_tell_is_warned_of(tmp_path: Path) -> None:

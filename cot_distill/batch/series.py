@@ -103,7 +103,7 @@ def load_series(
 ) -> Series:
     "Read a file and expand it; raises `InputError` when it cannot be used"
     path = Path(path)
-    settings = read_toml(path, "study", "the ones that ship are in configs/")
+    settings = read_toml(path)
     if "steps" not in settings:
         study = load_study(path, limit, overrides)
         where = Path(folder or default_folder(study.name, limit))

@@ -92,7 +92,7 @@ def as_program(
     try:
         return act() or 0
     except CotDistillError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(err, file=sys.stderr)
         return err.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

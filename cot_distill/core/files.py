@@ -41,8 +41,7 @@ def atomic_path(
                 os.fsync(file.fileno())
             os.replace(part, path)
         finally:
-            if part.exists():
-                part.unlink()
+            part.unlink(missing_ok=True)
 
 
 MENDABLE = {
@@ -209,14 +208,12 @@ def fault_of(
     folder: str | Path,
 ) -> str | None:  # what is wrong with it; None when it is whole
     "Check a folder against its seal"
-    folder = Path(folder)
-    if not (folder / SEAL).is_file():
+    if not Path(folder, SEAL).is_file():
         return "it was cut off while being written"
     try:
-        sums = read_json(folder / SEAL)
+        return fault_in(Path(folder), read_json(Path(folder, SEAL)))
     except InputError:
         return "its seal is broken"
-    return fault_in(folder, sums)
 
 
 def fault_in(

@@ -60,7 +60,7 @@ class Entry:
         return "\n".join([line, *(e.markdown(address, indent + "  ") for e in self.entries)])
 
 # %% ../../nbs/web/site.ipynb #df2ed268
-LAST = ("starting", "doctor", "cli")
+LAST = ("starting", "doctor", "options", "around", "cli")
 FOLDERS = {
     "core": "what every stage stands on: the study's file, problems, the run folder, statistics",
     "grading": "one exact number, where a text states it, and whether it is right",
