@@ -243,7 +243,8 @@ def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None
 def test_answers_whose_texts_were_withheld_have_no_outcome(made: Runs) -> None:
     answers = verdict.first_set(made.evals, made.results)
     first, *others = answers["variant"].unique()
-    held = {c: answers[c].where(answers["variant"] != first, "") for c in ("question", "completion")}
+    texts = ("question", "completion")
+    held = {name: answers[name].where(answers["variant"] != first, "") for name in texts}
     found = with_outcomes(answers.assign(**held))
     assert list(found["variant"].unique()) == others
 
