@@ -47,7 +47,8 @@ def call(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     study = make_study(student, n=6, checkpoint_every=1, epochs=1)
     cfg = study.eval.model_copy(update={"max_new_tokens": 8, "n_bootstrap": 200})
-    (tmp_path / "tiny.toml").write_text(to_toml(study.model_copy(update={"eval": cfg})))
+    text = to_toml(study.model_copy(update={"eval": cfg}), tmp_path)
+    (tmp_path / "tiny.toml").write_text(text)
 
     def call(*words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as caught:

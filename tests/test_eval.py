@@ -26,9 +26,10 @@ from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, St
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import Journal, read_json, read_parquet
 from cot_distill.core.inputs import stage_state, student_of
+from cot_distill.core.machine import version_of
 from cot_distill.core.runs import RunFolder
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
-from cot_distill.eval import eval_tasks, journal_row, run_eval, task_prompts
+from cot_distill.eval import DECODERS, eval_tasks, journal_row, run_eval, task_prompts
 from cot_distill.grading import final_answer
 from cot_distill.reading.frames import load_runs
 from cot_distill.reading.results import write_results
@@ -380,12 +381,12 @@ def test_packages_that_changed_between_two_halves_are_told(
     scripted(study, base=["no"])
     tasks = eval_tasks(study, study.eval_sets[0], "base")
     parts = Journal(run.eval_dir("base") / ".parts" / "two-step.jsonl")
-    parts.append([{"packages": {"torch": "1.0", "openai": "1.0"}}])
+    parts.append([{"packages": {name: version_of(name) for name in DECODERS} | {"torch": "1.0"}}])
     parts.append([journal_row(tasks[0], Completion("before", [1], False), 1.0)])
     facts = run_eval(study, "base", run)["two-step"]
-    assert facts["packages_changed"][0] == f"torch 1.0 -> {torch.__version__}"
+    assert facts["packages_changed"] == [f"torch 1.0 -> {torch.__version__}"]
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "torch 1.0" in line]
-    assert "since the first 1 answers were decoded" in told and "openai" not in told
+    assert "since the first 1 answers were decoded" in told
 
 
 def test_a_set_with_other_labels_is_graded_from_answers_at_hand(
@@ -623,7 +624,7 @@ def write_toml(run: RunFolder, study: StudyConfig) -> None:
 
 def test_a_repeat_that_there_is_not(folder: Path, run: RunFolder) -> None:
     study = study_of(folder).model_copy(update={"repeats": 2})
-    with pytest.raises(InputError, match="no student 'human.seed2'.*gives: human, human.seed1"):
+    with pytest.raises(InputError, match="no student 'human.seed2'.*gives: base, human, human.seed1"):
         run_eval(study, "human.seed2", run)
     with pytest.raises(InputError, match="unknown teacher 'humam'; did|unknown teacher 'humam' in"):
         run_eval(study, "humam.seed1", run)
