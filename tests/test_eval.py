@@ -624,7 +624,7 @@ def write_toml(run: RunFolder, study: StudyConfig) -> None:
 
 def test_a_repeat_that_there_is_not(folder: Path, run: RunFolder) -> None:
     study = study_of(folder).model_copy(update={"repeats": 2})
-    with pytest.raises(InputError, match="no student 'human.seed2'.*gives: base, human, human.seed1"):
+    with pytest.raises(InputError, match="no student .human.seed2..*gives: base, human"):
         run_eval(study, "human.seed2", run)
     with pytest.raises(InputError, match="unknown teacher 'humam'; did|unknown teacher 'humam' in"):
         run_eval(study, "humam.seed1", run)
