@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError
-from cot_distill.core.problems import load_problems, parse_rows, split_solution, study_problems
+from cot_distill.core.problems import (
+    NAMES,
+    THINGS,
+    load_problems,
+    parse_rows,
+    split_solution,
+    study_problems,
+)
 
 GOOD = {"question": "2 + 3?", "answer": "so 5\n#### 5"}
 
@@ -163,11 +170,12 @@ def test_a_source_that_cannot_be_used_gets_a_sentence(
 
 
 def test_two_step_splits_share_no_numbers_and_answers_hold():
-    train, test = load_problems("two-step", "train", 1000), load_problems("two-step", "test", 400)
-    numbers = [{tuple(sorted(re.findall(r"\d+", p.question))) for p in ps} for ps in (train, test)]
+    train = load_problems("two-step", "train", 1000)
+    other = load_problems("two-step", "test", 400) + load_problems("two-step", "held-out", 400)
+    numbers = [{tuple(sorted(re.findall(r"\d+", p.question))) for p in ps} for ps in (train, other)]
     assert not numbers[0] & numbers[1]
-    assert len({p.question for p in train + test}) == 1400
-    for problem in train + test:
+    assert len({p.question for p in train + other}) == 1800
+    for problem in train + other:
         steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", problem.solution)
         assert len(steps) == 2
         for left, operator, right, result in steps:
@@ -177,6 +185,16 @@ def test_two_step_splits_share_no_numbers_and_answers_hold():
                 "*": int(left) * int(right),
             }[operator] == int(result)
         assert steps[-1][-1] == problem.reference_answer
+
+
+def test_held_out_stories_are_never_taught():
+    "Questions without their names, things and numbers"
+    changing = re.compile(rf"{'|'.join([*NAMES, *THINGS])}|\d+")
+    taught, tested, held_out = (
+        {changing.sub("_", p.question) for p in load_problems("two-step", split, 100)}
+        for split in ("train", "test", "held-out")
+    )
+    assert taught == tested and not taught & held_out and len(held_out) >= 4
 
 
 def test_a_longer_draw_begins_like_a_shorter_one():
