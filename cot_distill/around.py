@@ -167,7 +167,7 @@ def diff(
 
     Example: [bold]cot-distill diff runs/demo runs/demo-seed1 --json[/]
     """
-    from cot_distill.batch.compare import compare_runs, compare_sources
+    from cot_distill.batch.other_runs import compare_runs, compare_sources
 
     found, sources = compare_runs(run_a, run_b), compare_sources(run_a, run_b)
     if as_json:
@@ -200,7 +200,7 @@ def merge(
 
     Example: [bold]cot-distill merge runs/half half-on-gpu.tar.gz[/]
     """
-    from cot_distill.batch.merge import merge as merge_folders
+    from cot_distill.batch.other_runs import merge as merge_folders
 
     print("\n".join(merge_folders(folder, sources)) or "nothing new")
 

@@ -36,7 +36,7 @@ from cot_distill.options import (
 )
 
 if TYPE_CHECKING:
-    from cot_distill.batch.view import Batch
+    from cot_distill.batch.run import Batch
     from cot_distill.core.config import StudyConfig
     from cot_distill.core.runs import RunFolder
 
@@ -127,7 +127,7 @@ def run(
     from cot_distill.batch.run import prepare_batch
 
     chosen = (comma_list(teachers), comma_list(stages), rows, limit, run_dir, changes, data)
-    batch = prepare_batch(config, *chosen, executor=executor, dry=dry_run)
+    batch = prepare_batch(config, *chosen, executor=executor)
     if dry_run:
         _show_plan(batch, jobs, executor, as_json)
     if found := _obstacles(batch):
@@ -183,8 +183,8 @@ def _list_rows(
     as_json: bool,
 ) -> None:
     "Every row of a study or a series"
-    from cot_distill.batch.rows import rows_listing, rows_table
     from cot_distill.batch.series import choose_rows, load_series
+    from cot_distill.batch.view import rows_listing, rows_table
 
     table = rows_table(choose_rows(load_series(config, data, run_dir, limit, changes), only))
     if as_json:

@@ -15,7 +15,7 @@ import pytest
 from places import ROOT
 from tiny_student import make_student
 
-from cot_distill.batch.compare import compare_runs, compare_sources
+from cot_distill.batch.other_runs import compare_runs, compare_sources
 from cot_distill.batch.plan import find_done, plan_jobs
 from cot_distill.batch.series import Row, Series
 from cot_distill.cli import main
@@ -185,7 +185,7 @@ def test_the_footer_of_a_report_is_text_whatever_the_study_says(
 ) -> None:
     from nbformat.v4 import new_markdown_cell, new_notebook
 
-    from cot_distill.batch.footer import footer_text
+    from cot_distill.batch.report import footer_text
     from cot_distill.web.pages import notebook_html
 
     run = open_run(
@@ -302,10 +302,10 @@ def test_a_damaged_adapter_is_trained_again_before_its_student_is_asked(first, t
     run = RunFolder(shutil.copytree(first.path, tmp_path / "whole"))
     study = load_study(run.config_file)
     jobs = plan_jobs(Series("whole", [Row(study, "base"), Row(study, "human")], run.path))
-    assert {"train human", "eval human"} <= find_done(jobs, reports=False)
+    assert {"train human", "eval human"} <= find_done(jobs)
     weights = run.adapter("human") / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    done = find_done(jobs, reports=False)
+    done = find_done(jobs)
     assert "eval base" in done and not {"train human", "eval human"} & done

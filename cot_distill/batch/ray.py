@@ -9,13 +9,13 @@ __all__ = ['do_job', 'RayJob', 'RayExecutor']
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .execute import failure
-from .executors import PapermillExecutor, RunningJob
+from .executors import Executor, PapermillExecutor, RunningJob
 from .plan import Job
 from ..core.errors import InputError
 from ..core.runs import RunFolder
@@ -23,8 +23,6 @@ from ..core.runs import RunFolder
 # %% ../../nbs/batch/ray.ipynb #5068a260
 def do_job(
     job: Job,  # with absolute paths
-    parameters: Mapping[str, Any],  # of the notebook
-    nbs: str,  # folder of the notebooks, on every machine
     n_cores: int,
 ) -> dict[str, Any]:  # outcome
     "Do one job on this machine"
@@ -33,34 +31,29 @@ def do_job(
             f"{job.run.config_file} is not on {platform.node()}: Ray's machines must share the "
             "file system that the project and the run folder lie on"
         )
-    executor = PapermillExecutor([job], Path(nbs), 1)
+    executor = PapermillExecutor([job], 1)
     executor.places.n_cores = n_cores
-    running = executor.start(job, parameters)
+    running, ends = executor.start(job), math.inf
     try:
-        return _follow(running)
-    except KeyboardInterrupt:  # Ray's way to say stop
-        running.interrupt()
-        return _follow(running, job.study.generate.drain_s + 30) or failure(
-            "Interrupted", "stopped"
-        )
+        while time.monotonic() < ends:
+            try:
+                if outcome := running.poll():
+                    return outcome
+                time.sleep(0.2)
+            except KeyboardInterrupt:  # Ray's way to say stop
+                running.interrupt()
+                ends = time.monotonic() + job.study.generate.drain_s + 30
+        return failure("Interrupted", "stopped")
     finally:
         running.kill()
         executor.close()
 
-
-def _follow(running: RunningJob, at_most_s: float = math.inf) -> dict[str, Any] | None:
-    "Outcome of a job, None when it takes too long"
-    until = time.monotonic() + at_most_s
-    while (outcome := running.poll()) is None and time.monotonic() < until:
-        time.sleep(0.2)
-    return outcome
-
 # %% ../../nbs/batch/ray.ipynb #0bfb8cb4
-class RayJob:
+class RayJob(RunningJob):
     "A job somewhere in the cluster"
 
-    def __init__(self, executor: "RayExecutor", job: Job, ref: Any, need: dict[str, float]):
-        self.executor, self.job, self.ref, self.need = executor, job, ref, need
+    def __init__(self, executor: "RayExecutor", job: Job, ref: Any):
+        self.executor, self.job, self.ref = executor, job, ref
 
     def poll(self) -> dict[str, Any] | None:
         "Outcome, None while it runs or waits"
@@ -68,78 +61,52 @@ class RayJob:
 
         if not ray.wait([self.ref], timeout=0)[0]:
             return None
-        for name, amount in self.need.items():
-            self.executor.used[name] -= amount
+        self.executor.computing.discard(self.job.name)
         try:
             return ray.get(self.ref)
-        except (
-            ray.exceptions.TaskCancelledError,
-            ray.exceptions.WorkerCrashedError,
-            ray.exceptions.RayTaskError,
-            ray.exceptions.RayActorError,
-        ) as err:
+        except ray.exceptions.RayError as err:
             return failure("ProcessDied", f"Ray gave up: {str(err).strip().splitlines()[-1][:300]}")
 
     def interrupt(self) -> None:
         "Ray interrupts the task, the task interrupts its kernel"
-        import ray
-
-        ray.cancel(self.ref, force=False, recursive=False)
+        self._cancel(force=False)
 
     def kill(self) -> None:
         "Kill the worker; papermill and kernel die with it"
+        self._cancel(force=True)
+
+    def _cancel(self, force: bool) -> None:
         import ray
 
-        ray.cancel(self.ref, force=True, recursive=False)
+        ray.cancel(self.ref, force=force, recursive=False)
 
 # %% ../../nbs/batch/ray.ipynb #70e71c03
-class RayExecutor:
+class RayExecutor(Executor):
     "Hands jobs to a Ray cluster"
 
-    stages = PapermillExecutor.stages
-    writes_reports = True
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        nbs: Path,
-        address: str | None = None,
-        max_retries: int = 3,
-    ):
-        ray = _join(nbs.parent, address)
-        self.nbs = nbs
+    def __init__(self, jobs: Sequence[Job], address: str | None = None, max_retries: int = 3):
+        ray = _join(address)
         self.task = ray.remote(max_retries=max_retries, retry_exceptions=False)(do_job)
-        self.total = {name: ray.cluster_resources().get(name, 0.0) for name in ("CPU", "GPU")}
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self.node_cores = max((node.get("CPU", 1.0) for node in alive), default=1.0)
-        self.used = dict.fromkeys(self.total, 0.0)
+        total, alive = ray.cluster_resources(), [n for n in ray.nodes() if n["Alive"]]
+        self.node_cores = max((node["Resources"].get("CPU", 1) for node in alive), default=1)
         wants_gpu = any(job.study.student.device != "cpu" for job in jobs)
-        self.has_gpu = self.total["GPU"] > 0 and wants_gpu
-        n_machines = self.total["CPU"] // self.node_cores
-        self.n_places = max(1, int(self.total["GPU"] if self.has_gpu else n_machines))
+        self.has_gpu = total.get("GPU", 0) > 0 and wants_gpu
+        n_machines = total.get("CPU", 1) // self.node_cores
+        self.n_places = max(1, int(total["GPU"] if self.has_gpu else n_machines))
+        self.computing: set[str] = set()  # names of compute jobs that were handed over
 
-    def start(self, job: Job, parameters: Mapping[str, Any]) -> RayJob | None:
+    def start(self, job: Job) -> RayJob | None:
         "Begin a job; None while the cluster is busy"
-        need = self._need(job)
-        busy = [
-            name
-            for name, amount in need.items()
-            if amount and self.used[name] + amount > max(self.total[name], amount)
-        ]
-        if busy:
-            return None
-        for name, amount in need.items():
-            self.used[name] += amount
-        task = self.task.options(num_cpus=need["CPU"], num_gpus=need["GPU"], name=job.name)
-        there = replace(job, run=RunFolder(job.run.path.resolve()))
-        ref = task.remote(there, dict(parameters), str(self.nbs), int(need["CPU"]))
-        return RayJob(self, job, ref, need)
-
-    def _need(self, job: Job) -> dict[str, float]:
-        "What Ray shall set aside for a job"
-        if job.lane != "compute":
-            return {"CPU": 1.0, "GPU": 0.0}
-        return {"CPU": 1.0, "GPU": 1.0} if self.has_gpu else {"CPU": self.node_cores, "GPU": 0.0}
+        need = {"num_cpus": 1, "num_gpus": 0}
+        if job.lane == "compute":
+            if len(self.computing) >= self.n_places:
+                return None
+            self.computing.add(job.name)
+            need = {"num_gpus": 1} if self.has_gpu else {"num_cpus": self.node_cores}
+        task = self.task.options(name=job.name, **need)
+        run, made = RunFolder(job.run.path.resolve()), job.output and job.output.resolve()
+        there = replace(job, run=run, output=made)
+        return RayJob(self, job, task.remote(there, int(need.get("num_cpus", 1))))
 
     def close(self) -> None:
         "Leave the cluster"
@@ -147,9 +114,9 @@ class RayExecutor:
 
         ray.shutdown()
 
-# %% ../../nbs/batch/ray.ipynb #eb96c099
-def _join(root: Path, address: str | None) -> Any:
-    "Ray, connected"
+# %% ../../nbs/batch/ray.ipynb #b9fc3d87
+def _join(address: str | None) -> Any:
+    "Ray, connected; its workers find the library where we do"
     try:
         import ray
     except ImportError:
@@ -157,10 +124,11 @@ def _join(root: Path, address: str | None) -> Any:
             "--executor ray needs the package ray: pip install 'cot-distill[ray]'"
         ) from None
     if not ray.is_initialized():
+        library = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         ray.init(
             address=address,
             log_to_driver=False,
             logging_level="warning",
-            runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
+            runtime_env={"env_vars": library},
         )
     return ray

@@ -8,13 +8,12 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from places import ROOT
 from rich.console import Console
-from stand_ins import NO_PAGES, make_project, names, orders, results, run, seen
+from stand_ins import make_project, names, orders, prepare, processes_of, results, run, seen
 
-from cot_distill.batch.run import prepare_batch, run_prepared
+from cot_distill.batch.run import run_prepared
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
 
@@ -26,7 +25,7 @@ def test_without_ray_the_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     study = make_project(tmp_path, "human")
-    batch = prepare_batch(study, run_dir=tmp_path / "runs/small", nbs=tmp_path / "nbs")
+    batch = prepare(study)
     with pytest.raises(InputError, match=r"pip install 'cot-distill\[ray\]'"):
         run_prepared(batch, Console(file=io.StringIO()), executor="ray")
 
@@ -83,35 +82,6 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     two.shutdown()
 
 
-def on_ray(study: Path, address: str) -> tuple[int, str]:
-    out = study.parent / "out.txt"
-    batch = prepare_batch(
-        study, stages=NO_PAGES, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs"
-    )
-    with out.open("w") as file:
-        code = run_prepared(
-            batch,
-            Console(file=file, width=200, force_terminal=False),
-            executor="ray",
-            address=address,
-        )
-    return code, out.read_text()
-
-
-def kernels_of(study: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (
-                process.status() != psutil.STATUS_ZOMBIE
-                and Path(process.cwd()) == study.parent / "nbs"
-            ):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 @pytest.mark.slow
 def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
     alone, many = (
@@ -120,7 +90,7 @@ def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, cluster) -> None:
     )
     assert run(alone)[0] == 0
     orders(many.parent, train_a={"seconds": 4}, train_b={"seconds": 4})
-    code, text = on_ray(many, cluster.address)
+    code, text = run(many, executor="ray", address=cluster.address)
     assert code == 0, text
     assert results(many) == results(alone)
     began = {f"{one['stage']} {one['variant']}": one["at"] for one in seen(many.parent)}
@@ -137,7 +107,7 @@ def test_each_student_gets_a_gpu_of_its_own(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     many = make_project(tmp_path, "a", "b", "c", device="auto")
     orders(many.parent, train_a={"seconds": 6}, train_b={"seconds": 6}, train_c={"seconds": 6})
-    code, text = on_ray(many, cluster.address)
+    code, text = run(many, executor="ray", address=cluster.address)
     assert code == 0, text
     compute = [one for one in seen(many.parent) if one["stage"] in ("train", "eval")]
     assert {one["gpu"] for one in compute} == {"0"}, "the first GPU of either node"
@@ -159,7 +129,7 @@ def test_a_shot_worker_costs_a_retry(tmp_path: Path, cluster) -> None:
         while "train a" not in names(many.parent):
             time.sleep(0.1)
         time.sleep(2)
-        for process in kernels_of(many):  # the kernel's grandparent is Ray's worker
+        for process in processes_of(many):  # the kernel's grandparent is Ray's worker
             for parent in process.parents():
                 if parent.name().startswith("ray::"):
                     shot.append(parent.pid)
@@ -168,12 +138,12 @@ def test_a_shot_worker_costs_a_retry(tmp_path: Path, cluster) -> None:
 
     thread = threading.Thread(target=shoot, daemon=True)
     thread.start()
-    code, text = on_ray(many, cluster.address)
+    code, text = run(many, executor="ray", address=cluster.address)
     assert code == 0, text
     assert shot and names(many.parent).count("train a") == 2
     assert results(many) == results(alone)
     time.sleep(0.5)
-    assert kernels_of(many) == []
+    assert processes_of(many) == []
 
 
 @pytest.mark.slow
@@ -189,7 +159,7 @@ def test_a_lost_node_costs_a_retry(tmp_path: Path, cluster) -> None:
         while "train a" not in names(many.parent):
             time.sleep(0.1)
         time.sleep(2)
-        above = {parent.pid for process in kernels_of(many) for parent in process.parents()}
+        above = {parent.pid for process in processes_of(many) for parent in process.parents()}
         for node in nodes:
             if (pid := node.all_processes["raylet"][0].process.pid) in above:
                 lost.append(pid)
@@ -198,7 +168,7 @@ def test_a_lost_node_costs_a_retry(tmp_path: Path, cluster) -> None:
 
     thread = threading.Thread(target=pull_the_plug, daemon=True)
     thread.start()
-    code, text = on_ray(many, cluster.address)
+    code, text = run(many, executor="ray", address=cluster.address)
     assert code == 0, text
     assert lost and names(many.parent).count("train a") == 2
     assert results(many)["variants"]

@@ -14,38 +14,43 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import psutil
 import pytest
+import stand_ins
 from rich.console import Console
 from stand_ins import (
     NO_PAGES,
     PARAMETERS,
+    assert_all_end,
     make_project,
     names,
     orders,
+    prepare,
+    processes_of,
     results,
     run,
     seen,
+    wait_for,
     write_notebook,
 )
 
-from cot_distill.batch.execute import failure, report_finished, secret_values, trim_chapter
-from cot_distill.batch.executors import Places, make_private_folder, visible_gpus
+from cot_distill.batch.execute import failure
+from cot_distill.batch.executors import Executor, Places, make_private_folder, visible_gpus
 from cot_distill.batch.plan import Job, estimate_seconds
-from cot_distill.batch.run import advance, prepare_batch
-from cot_distill.batch.view import Batch, batch_table, exit_code, plan_report, seconds_left
+from cot_distill.batch.report import report_finished, secret_values, trim_chapter
+from cot_distill.batch.run import Batch, advance, prepare_batch
+from cot_distill.batch.view import batch_table, exit_code, plan_report, seconds_left
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import locked, write_json
+from cot_distill.core.runs import open_run
 
 
 def launch(study: Path, *more: str) -> subprocess.Popen:
     "The same in a process of its own, for signals"
     code = (
-        "import sys; from pathlib import Path; from rich.console import Console; from "
-        "cot_distill.batch.run import run_study; study = Path(sys.argv[1]); "
-        "sys.exit(run_study(study, stages=sys.argv[2].split(','), run_dir=study.parent / "
-        "'runs/small', nbs=study.parent / 'nbs', console=Console(file=sys.stdout, width=200)))"
+        f"import sys; sys.path[:0] = {[str(Path(stand_ins.__file__).parent)]}; "
+        "from pathlib import Path; from stand_ins import run; "
+        "code, text = run(Path(sys.argv[1]), sys.argv[2].split(',')); print(text); sys.exit(code)"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(study), ",".join(more or NO_PAGES)],
@@ -55,42 +60,11 @@ def launch(study: Path, *more: str) -> subprocess.Popen:
     )
 
 
-def wait_for(study: Path, job: str, timeout_s: float = 60) -> None:
-    "Until a kernel has started a job"
-    until = time.monotonic() + timeout_s
-    while job not in names(study.parent):
-        assert time.monotonic() < until, f"{job} has not started: {names(study.parent)}"
-        time.sleep(0.05)
-
-
-def processes_of(study: Path) -> list[psutil.Process]:
-    "Papermill processes and kernels: whoever works in the project's nbs/"
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (
-                process.status() != psutil.STATUS_ZOMBIE
-                and Path(process.cwd()) == study.parent / "nbs"
-            ):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
 def footer_of(report: Path) -> str:
     "Last cell of an executed notebook"
     cell = json.loads(report.read_text(encoding="utf-8"))["cells"][-1]
     assert cell["metadata"]["tags"] == ["provenance"]
     return cell["source"]
-
-
-def assert_all_end(study: Path, within_s: float = 10) -> None:
-    "A process that is just starting learns of its launcher's death when it has started"
-    until = time.monotonic() + within_s
-    while left := processes_of(study):
-        assert time.monotonic() < until, f"still running: {left}"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -101,21 +75,18 @@ def study(tmp_path: Path) -> Path:
 # --- with an executor that only pretends: order, skipping, exit codes ---
 
 
-class Pretender:
+class Pretender(Executor):
     "An executor whose jobs end when they are told to"
 
     def __init__(self, failures: dict[str, str] | None = None, places: int = 99):
         self.failures, self.places, self.order, self.busy = failures or {}, places, [], 0
 
-    def start(self, job, parameters):
+    def start(self, job):
         if self.busy >= self.places:
             return None
         self.order.append(job.name)
         self.busy += 1
         return PretendedJob(self, self.failures.get(job.name))
-
-    def close(self):
-        pass
 
 
 class PretendedJob:
@@ -128,9 +99,7 @@ class PretendedJob:
 
 
 def pretend(study: Path, executor: Pretender, **options: object) -> Batch:
-    batch = prepare_batch(
-        study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs", **options
-    )
+    batch = prepare(study, **options)
     for _ in range(50):
         if batch.is_over:
             return batch
@@ -140,8 +109,8 @@ def pretend(study: Path, executor: Pretender, **options: object) -> Batch:
 
 def test_three_teachers_one_failing(tmp_path: Path) -> None:
     study = make_project(tmp_path, "human", "deepseek", "gemini")
-    (tmp_path / "runs/small").mkdir(parents=True)
-    (tmp_path / "runs/small/results.json").write_text("{}")
+    for name in ("results.json", "html/index.html"):
+        write_json(tmp_path / "runs/small" / name, {})
     executor = Pretender({"generate deepseek": "ResumeLater"}, places=1)
     batch = pretend(study, executor)
     assert batch.states["train deepseek"] == batch.states["eval deepseek"] == "skipped"
@@ -201,7 +170,8 @@ def test_without_any_result_nothing_is_analysed(study: Path) -> None:
 
 def test_the_table_shows_every_state(study: Path) -> None:
     batch = pretend(study, Pretender({"train human": "InputError"}))
-    batch.states |= {"eval base": "done"}
+    scored = next(job for job in batch.jobs if job.name == "eval base")
+    scored.state, scored.wall_s = "done", None
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(batch_table(batch))
     text = console.export_text()
@@ -237,16 +207,6 @@ def test_a_missing_notebook_is_an_error(study: Path) -> None:
         run(study)
 
 
-def test_a_missing_key_is_told_before_anything_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    study = make_project(tmp_path / "p", "gpt", provider="gemini")
-    with pytest.raises(InputError, match=r"teacher 'gpt': GEMINI_API_KEY is not set.*--teachers"):
-        run(study)
-    assert seen(study.parent) == []
-
-
 def test_a_full_disk_is_told_before_anything_runs(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,47 +216,43 @@ def test_a_full_disk_is_told_before_anything_runs(
 
 
 def test_another_study_in_the_folder_is_refused(study: Path) -> None:
-    prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    assert run(study, ["teachers"])[0] == 0
     with pytest.raises(InputError, match=r"train.epochs.*--run-dir"):
-        prepare_batch(
-            study,
-            run_dir=study.parent / "runs/small",
-            nbs=study.parent / "nbs",
-            overrides={"train.epochs": "3"},
-        )
+        prepare(study, overrides={"train.epochs": "3"})
 
 
 def test_two_launchers_on_one_folder(study: Path) -> None:
-    (study.parent / "runs/small").mkdir(parents=True)
+    batch = prepare(study)
+    open_run(batch.folder, batch.jobs[0].study)
     with (
-        locked(study.parent / "runs/small/.batch.lock"),
+        locked(batch.folder / ".batch.lock"),
         pytest.raises(InputError, match="another run holds"),
     ):
         run(study)
 
 
-def test_a_dry_run_needs_no_key_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_plan_needs_no_key_and_leaves_nothing(tmp_path: Path) -> None:
     study = make_project(tmp_path / "p", "gpt", provider="gemini")
-    where = {"run_dir": tmp_path / "runs/small", "nbs": tmp_path / "p/nbs"}
-    batch = prepare_batch(study, dry=True, overrides={"train.epochs": "3"}, **where)
+    batch = prepare(study, overrides={"train.epochs": "3"})
     assert {job.study.train.epochs for job in batch.jobs} == {3}
     assert {row["state"] for row in plan_report(batch, gpu=False)} == {"waiting"}
-    assert not (tmp_path / "runs").exists()
-    with pytest.raises(InputError, match="GEMINI_API_KEY"):
-        prepare_batch(study, **where)
-    assert not (tmp_path / "runs").exists(), (
-        "a study refused leaves no folder that would refuse the next one"
-    )
+    assert not (tmp_path / "p/runs").exists()
+
+
+def test_few_steps_are_told_once_at_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    study = make_project(tmp_path, "human", "deepseek")
+    prepare(study)
+    assert capsys.readouterr().err.count("4 examples make 2 optimiser steps") == 1
+    prepare(study, stages=["generate"])
+    prepare(study, overrides={"problems.limit": "4000"})
+    assert capsys.readouterr().err == ""
 
 
 # --- estimates ---
 
 
 def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
-    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
+    batch = prepare(study)
     job = next(job for job in batch.jobs if job.name == "train human")
     guess, measured = estimate_seconds(job)
     assert guess > 0 and not measured
@@ -315,32 +271,28 @@ def test_estimates_come_from_the_record_nearest_in_size(study: Path) -> None:
     )
     n = 4 * job.study.train.epochs
     assert estimate_seconds(job) == (38 + 2 * n / 2, True)
-    larger = load_study(job.run.config_file, overrides={"train.epochs": "600"})
+    larger = load_study(study, overrides={"train.epochs": "600"})
     assert estimate_seconds(replace(job, study=larger)) == (40 + 2000 * 2400 / 4000, True)
 
 
 def test_time_left_shares_compute_out_and_adds_the_end(study: Path) -> None:
-    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
-    batch.estimates = {
-        "teachers": 5,
-        "generate human": 60,
-        "eval base": 100,
-        "train human": 100,
-        "eval human": 100,
-        "analyze": 7,
-        "site": 3,
-    }
+    batch = prepare(study)
+    jobs = {job.name: job for job in batch.jobs}
+    expected = {"teachers": 5, "generate human": 60, "analyze": 7, "site": 3}
+    for name, job in jobs.items():
+        job.seconds = expected.get(name, 100)
     assert seconds_left(batch) == 60 + 300 + 7 + 3
     batch.places = 2
     assert seconds_left(batch) == 60 + 150 + 7 + 3
-    batch.states |= {
+    for name, state in {
         "eval base": "done",
         "train human": "failed",
         "eval human": "skipped",
         "generate human": "finished",
-    }
+    }.items():
+        jobs[name].state = state
     assert seconds_left(batch) == 5 + 7 + 3
-    batch.estimates["site"] = None
+    jobs["site"].seconds = None
     assert seconds_left(batch) is None
 
 
@@ -349,8 +301,9 @@ def test_a_run_lands_where_it_was_started_and_a_limit_is_a_run_of_its_own(
 ) -> None:
     monkeypatch.chdir(study.parent)
     batch = prepare_batch(study, limit=1, nbs=study.parent / "nbs")
-    assert batch.folder == Path("runs/small-limit1") and batch.folder.is_dir()
-    assert batch.parameters["train human"] == {
+    assert batch.folder == Path("runs/small-limit1")
+    parameters = {job.name: job.parameters for job in batch.jobs if job.notebook}
+    assert parameters["train human"] == {
         "config": "../runs/small-limit1/config.toml",
         "limit": 0,
         "run_dir": "../runs/small-limit1",
@@ -454,11 +407,11 @@ def test_failure_keeps_the_report_and_the_rerun_goes_on(
 
 def test_a_kernel_that_is_killed_is_a_sentence(study: Path) -> None:
     orders(study.parent, train_human={"die": True})
-    code, text = run(study, stages=["generate", "train"])
+    code, text = run(study, ["generate", "train"])
     assert code == 1
     assert "train human failed" in text and "out of memory" in text
     orders(study.parent)
-    assert run(study, stages=["generate", "train"])[0] == 0
+    assert run(study, ["generate", "train"])[0] == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -513,7 +466,8 @@ from cot_distill.batch.run import prepare_batch
 home = Path({str(study.parent)!r})
 batch = prepare_batch(home / {study.name!r}, run_dir=home / "runs/small", nbs=home / "nbs")
 job = next(job for job in batch.jobs if job.name == {name!r})
-PapermillExecutor(batch.jobs, batch.nbs).start(job, batch.parameters.get(job.name, dict()))
+(home / "runs/small").mkdir(parents=True)
+PapermillExecutor(batch.jobs).start(job)
 os._exit(0)
 """
     orders(study.parent, generate_human={"seconds": 30})
@@ -573,7 +527,7 @@ def test_two_gpus_train_two_students_side_by_side(
         row = {"problem_id": "p", "sample_idx": 0, "question": "?", "completion": "", "kept": True}
         pd.DataFrame([row]).to_parquet(path)
     orders(tmp_path, train_a={"seconds": 3}, train_b={"seconds": 3})
-    code, text = run(study, stages=["train"])
+    code, text = run(study, ["train"])
     assert code == 0, text
     first, second, third = seen(tmp_path)
     assert {first["gpu"], second["gpu"]} == {"3", "5"} and third["gpu"] in ("3", "5")
@@ -583,7 +537,7 @@ def test_two_gpus_train_two_students_side_by_side(
 def test_hosted_teachers_are_asked_side_by_side(tmp_path: Path) -> None:
     study = make_project(tmp_path, "a", "b", "c", provider="openai")
     orders(tmp_path, **{f"generate_{t}": {"seconds": 5} for t in "abc"})
-    assert run(study, stages=["generate"])[0] == 0
+    assert run(study, ["generate"])[0] == 0
     at = [one["at"] for one in seen(tmp_path)]
     assert max(at) - min(at) < 5
     assert {one["threads"] for one in seen(tmp_path)} == {"1"}
@@ -643,7 +597,7 @@ def test_a_report_holds_the_run_and_no_lesson(study: Path) -> None:
     library = nbformat.v4.new_code_cell("#| export\nraise RuntimeError")
     chapter.cells[1:1] = [lesson, said, library]
     nbformat.write(chapter, path)
-    code, text = run(study, stages=["generate", "train"])
+    code, text = run(study, ["generate", "train"])
     assert code == 0, text
     report = nbformat.read(study.parent / "runs/small/reports/02_train-human.ipynb", 4)
     sources = [cell.source for cell in report.cells]
@@ -702,7 +656,7 @@ def test_keys_are_found_by_their_names() -> None:
 
 def test_check_is_quick_when_all_is_done(study: Path) -> None:
     "Deciding what is done starts no kernel and loads neither torch nor papermill"
-    assert run(study, stages=["generate"])[0] == 0
+    assert run(study, ["generate"])[0] == 0
     code = f"""
 import sys
 from cot_distill.batch.run import prepare_batch
@@ -715,8 +669,3 @@ print(batch.states, [m for m in heavy if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'generate human': 'done'} []"
-
-
-def test_a_batch_settles_the_parameters_of_what_is_due(study: Path) -> None:
-    batch = prepare_batch(study, run_dir=study.parent / "runs/small", nbs=study.parent / "nbs")
-    assert set(batch.parameters) == {job.name for job in batch.jobs if job.notebook}

@@ -21,11 +21,11 @@ from rich.console import Console
 from tiny_student import make_student
 
 from cot_distill.asking.replies import Question
-from cot_distill.batch.merge import merge
+from cot_distill.batch.other_runs import merge
 from cot_distill.batch.plan import estimate_seconds, find_done, plan_jobs
-from cot_distill.batch.rows import rows_listing, rows_table
 from cot_distill.batch.run import prepare_batch, record_answers, run_prepared
 from cot_distill.batch.series import load_series
+from cot_distill.batch.view import rows_listing, rows_table
 from cot_distill.cli import main
 from cot_distill.core.config import TeacherConfig
 from cot_distill.core.errors import InputError
@@ -117,7 +117,7 @@ def run(series: Path, data: Path, out: Path, *only: str, **options: str) -> tupl
         series, only=only, run_dir=out, data=data, executor="inline", overrides=options
     )
     code = run_prepared(batch, Console(file=io.StringIO()), executor="inline")
-    return code, {name: outcome["evalue"] for name, outcome in batch.errors.items()}
+    return code, {job.name: job.error["evalue"] for job in batch.jobs if job.error}
 
 
 @pytest.fixture(scope="module")

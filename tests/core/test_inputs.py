@@ -137,7 +137,7 @@ def test_another_file_at_the_same_path_is_refused(place: Path, name: str, stages
     assert refused_in(study, run) == stages
     if not name.startswith("run/"):
         with pytest.raises(InputError, match="was made with other settings or data"):
-            prepare_batch(run.config_file, run_dir=run.path, dry=True)
+            prepare_batch(run.config_file, run_dir=run.path)
     for job in [job for job in jobs_of(study, run) if job.variant]:
         if job.stage in stages and not (name.startswith("run/") and job.variant == "base"):
             with pytest.raises(InputError, match="was made with other settings or data"):

@@ -1,14 +1,17 @@
 """Stand-ins for the stages: notebooks that run in a moment, write where the real ones write, and
 misbehave when told to"""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 from rich.console import Console
 
 from cot_distill.batch.plan import STAGES as PLANNED
-from cot_distill.batch.run import run_study
+from cot_distill.batch.run import Batch, prepare_batch, run_prepared
 
 PARAMETERS = "config = ''\nteacher = 'recorded'\nlimit = 4\nrun_dir = ''\n"
 COMMON = """
@@ -188,20 +191,46 @@ def names(folder: Path, since: int = 0) -> list[str]:
 NO_PAGES = [stage for stage in PLANNED if stage != "site"]
 
 
-def run(study: Path, **options: object) -> tuple[int, str]:
+def prepare(study: Path, **options: object) -> Batch:
+    "Its plan, in the project's own folders"
+    places = {"run_dir": study.parent / "runs/small", "nbs": study.parent / "nbs"}
+    return prepare_batch(study, **places | options)
+
+
+def run(study: Path, stages: list[str] = NO_PAGES, **executor: object) -> tuple[int, str]:
     "Exit code and everything that was printed"
-    folder = study.parent
-    out = folder / "out.txt"
+    out = study.parent / "out.txt"
     with out.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=200, force_terminal=False, no_color=True)
-        options = {
-            "stages": NO_PAGES,
-            "run_dir": folder / "runs" / "small",
-            "nbs": folder / "nbs",
-            "console": console,
-        } | options
-        code = run_study(study, **options)
+        code = run_prepared(prepare(study, stages=stages), console, **executor)
     return code, out.read_text(encoding="utf-8")
+
+
+def wait_for(study: Path, job: str, timeout_s: float = 60) -> None:
+    "Until a kernel has started a job"
+    until = time.monotonic() + timeout_s
+    while job not in names(study.parent):
+        assert time.monotonic() < until, f"{job} has not started: {names(study.parent)}"
+        time.sleep(0.05)
+
+
+def processes_of(study: Path) -> list[psutil.Process]:
+    "Whoever works in the project's folders: processes of jobs, and kernels"
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            if is_alive and Path(process.cwd()).is_relative_to(study.parent):
+                found.append(process)
+    return found
+
+
+def assert_all_end(study: Path, within_s: float = 10) -> None:
+    "A process that is just starting learns of its launcher's death when it has started"
+    until = time.monotonic() + within_s
+    while left := processes_of(study):
+        assert time.monotonic() < until, f"still running: {left}"
+        time.sleep(0.05)
 
 
 def results(study: Path) -> dict:
