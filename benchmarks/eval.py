@@ -272,8 +272,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     from peft import LoraConfig, get_peft_model
 
     from cot_distill.core.problems import load_problems
-    from cot_distill.student.model import load_student, student_source
-    from cot_distill.student.tokens import prompt_ids
+    from cot_distill.student.model import load_student, prompt_ids, student_source
 
     student = student_of(args)
     model, tokenizer = load_student(student)

@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
     )
     peak = PeakMemory(device_of(student))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(student, cfg, 0, len(order), Path(folder))
+        arguments = training_arguments(examples, student, cfg, 0, Path(folder))
         arguments.save_strategy = "no"
         make = trl_trainer if variant.startswith("trl") else our_trainer
         trainer, batches = make(variant, model, tokenizer, examples, order, cfg, arguments)
@@ -145,8 +145,8 @@ def student_for(model: str, weights: str, has_gpu: bool) -> Any:
 def examples_of(source: str, tokenizer: Any, student: Any, n: int) -> list:
     "The first problems of a source with the solutions that come with them"
     from cot_distill.core.problems import load_problems
+    from cot_distill.student.model import completion_ids, prompt_ids
     from cot_distill.student.packing import Example
-    from cot_distill.student.tokens import completion_ids, prompt_ids
 
     problems = load_problems(source, limit=n)
     return [

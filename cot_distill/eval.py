@@ -30,10 +30,8 @@ from .core.runs import RunFolder, record_run
 from .core.showing import Progress
 from .grading import grade
 from .reading.answers import answers_at_hand, write_answers
-from .student.engines import open_engine
-from .student.model import load_tokenizer
-from .student.slots import Completion
-from .student.tokens import prompt_ids
+from .student.engines import Completion, open_engine
+from .student.model import load_tokenizer, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,18 +9,19 @@ __all__ = ['read_examples', 'mask_table', 'run_train', 'merge_student', 'main']
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .core.config import StudentConfig, StudyConfig, TrainConfig
 from .core.errors import InputError, as_program
-from .core.files import fault_of, read_json, read_parquet
+from .core.files import fault_of, locked, read_json, read_parquet
 from .core.inputs import begin_stage, stage_inputs, student_of
 from .core.runs import RunFolder, open_chapter
 from .student import training
-from .student.merging import merge_adapter
-from .student.model import load_tokenizer
+from .student.lora import merge_adapter
+from .student.model import completion_ids, load_tokenizer, prompt_ids
 from .student.packing import Example
-from .student.tokens import completion_ids, prompt_ids
+from .student.trainer import training_arguments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,10 +38,8 @@ def read_examples(
     too_long: list[str] = []
     kept = rationales[rationales["kept"]]
     for row in kept.itertuples():
-        prompt, completion = (
-            prompt_ids(tokenizer, row.question, student),
-            completion_ids(tokenizer, row.completion),
-        )
+        prompt = prompt_ids(tokenizer, row.question, student)
+        completion = completion_ids(tokenizer, row.completion)
         example = Example(f"{row.problem_id}#{row.sample_idx}", tuple(prompt), tuple(completion))
         if example.n_tokens > cfg.max_length:
             too_long.append(example.example_id)
@@ -100,8 +99,8 @@ def run_train(
             f"{counts['n_rows']} rationales kept, {counts['n_too_long']} of them longer than "
             f"train.max_length = {cfg.max_length} tokens"
         )
-    args = training.settle_arguments(examples, student, cfg, seed, folder)
-    with training.hold_folder(folder, args):
+    args = training_arguments(examples, student, cfg, seed, folder)
+    with nullcontext() if args.process_index else locked(folder / ".lock"):
         with args.main_process_first():
             state = begin_stage(folder, "train", stage_inputs(study, "train", variant, run))
         if state == "done":
@@ -123,10 +122,8 @@ def merge_student(
     run: RunFolder,
 ) -> dict[str, Any]:  # how far the merged student is from the trained one: see `merge_adapter`
     "Write `students/<variant>/merged`, a student that needs no adapter"
-    student, rationales = (
-        student_of(study),
-        read_parquet(run.rationales(study.variant(variant).teacher)),
-    )
+    student = student_of(study)
+    rationales = read_parquet(run.rationales(study.variant(variant).teacher))
     examples, _ = read_examples(rationales, load_tokenizer(student), student, study.train)
     return merge_adapter(
         student, run.adapter(variant), examples[:8], run.student_dir(variant) / "merged"

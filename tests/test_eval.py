@@ -34,9 +34,8 @@ from cot_distill.grading import final_answer
 from cot_distill.reading.frames import load_runs
 from cot_distill.reading.results import write_results
 from cot_distill.reading.verdict import results_table
-from cot_distill.student.engines import TransformersEngine, close_engine, open_engine
+from cot_distill.student.engines import Completion, TransformersEngine, close_engine, open_engine
 from cot_distill.student.model import load_student, load_tokenizer
-from cot_distill.student.slots import Completion
 
 COLUMNS = [
     "problem_id",

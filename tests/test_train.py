@@ -25,9 +25,8 @@ from cot_distill.core.errors import InputError
 from cot_distill.core.files import fault_of, read_json, seal
 from cot_distill.core.inputs import student_of
 from cot_distill.core.runs import RunFolder, open_run
-from cot_distill.student.checkpoints import checkpoints_in, last_good
 from cot_distill.student.lora import add_lora, card_text, load_adapter
-from cot_distill.student.model import load_student, load_tokenizer
+from cot_distill.student.model import end_of_turn_id, load_student, load_tokenizer, prompt_ids
 from cot_distill.student.packing import (
     Example,
     example_losses,
@@ -43,12 +42,11 @@ from cot_distill.student.packing import (
 from cot_distill.student.sizes import (
     check_machine,
     memory_gb,
-    parameter_counts,
     plan_training,
     sizes_of,
+    warn_of_slow_dtype,
 )
-from cot_distill.student.tokens import end_of_turn_id, prompt_ids
-from cot_distill.student.trainer import Diverged, LoraTrainer
+from cot_distill.student.trainer import Diverged, LoraTrainer, checkpoints_in, last_good
 from cot_distill.train import mask_table, merge_student, read_examples, run_train
 
 
@@ -324,7 +322,7 @@ def test_counts_are_of_unpacked_weights(student, quantization):
     )
     model = add_lora(load_student(cfg)[0], TrainConfig(lora_r=8), seed=0)
     sizes = sizes_of(model.get_base_model().config, 8)
-    assert parameter_counts(model) == (sizes.n_lora, sizes.n_total)
+    assert model.get_nb_trainable_parameters() == (sizes.n_lora, sizes.n_total)
     if quantization == "nf4":
         assert sum(p.numel() for p in model.parameters()) < sizes.n_total
 
@@ -342,7 +340,9 @@ def test_little_memory_means_smaller_passes_and_too_little_is_a_sentence_before_
     )
     student, cfg = student_of(study), study.train
     sizes = sizes_of(AutoConfig.from_pretrained(student.model), cfg.lora_r)
-    needs = {n: plan_training(examples, student, cfg, 0, sizes, n).memory_gb for n in (4, 2, 1)}
+    needs = {
+        4 // n: plan_training(examples, student, cfg, 0, sizes, n).memory_gb for n in (1, 2, 4)
+    }
     assert needs[4] > needs[2] > needs[1]
     available = {"bytes": (needs[2] + 0.001) * 1e9}
     monkeypatch.setattr(
@@ -402,6 +402,18 @@ def test_a_plan_fits_or_says_what_would(free_gb, monkeypatch, tmp_path):
         examples = [e for e in examples if e.n_tokens <= cfg.max_length]
         plan = check_machine(examples, student, cfg, 0, sizes, tmp_path)
     assert plan.memory_gb <= free_gb
+
+
+def test_a_slow_number_format_is_a_sentence_with_the_way_out(monkeypatch):
+    rates = {"float32": 60e9, "bfloat16": 2e9}
+    monkeypatch.setattr(
+        "cot_distill.student.sizes.multiply_rate", lambda device, dtype: rates[dtype]
+    )
+    said = warn_of_slow_dtype("cpu", "bfloat16")
+    assert "float32 30.0 times as fast as bfloat16" in said and "'float32' or 'auto'" in said
+    assert warn_of_slow_dtype("cpu", "float32") == warn_of_slow_dtype("cuda", "bfloat16") == ""
+    rates["bfloat16"] = 200e9
+    assert warn_of_slow_dtype("cpu", "bfloat16") == ""
 
 
 def test_no_disk_is_a_sentence_before_loading(start, monkeypatch):

@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.config import TrainConfig
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+# %% ../../nbs/student/packing.ipynb #5c451343
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.functional import scaled_dot_product_attention as attend
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
 
 # %% ../../nbs/student/packing.ipynb #7a4040bf
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,8 @@ class Batch:
     "Examples ready for one forward pass"
 
     inputs: dict[str, Any]  # what the model is called with
-    labels: "torch.Tensor"  # (N,) tokens to predict, example after example
-    chosen: "torch.Tensor | None"  # (B, T) where N targets stand; None: they are those N
+    labels: torch.Tensor  # (N,) tokens to predict, example after example
+    chosen: torch.Tensor | None  # (B, T) where N targets stand; None: they are those N
     n_targets: tuple[int, ...]  # targets of each example; they sum to N
     n_tokens: int  # tokens of the examples: no padding, a shared beginning counted in each
     n_positions: int  # positions the model computes
@@ -55,8 +58,6 @@ def pack(
     share_prefix: bool = True,  # compute the prompts' common beginning once
 ) -> Batch:  # one row
     "Lay examples end to end"
-    import torch
-
     start = _common_prefix([e.prompt for e in examples]) if share_prefix else 0
     ids, positions = list(examples[0].prompt[:start]), list(range(start))
     keep: list[int] = []
@@ -71,14 +72,7 @@ def pack(
         "position_ids": torch.tensor([positions]),
         "logits_to_keep": torch.tensor(keep, dtype=torch.long),
     }
-    return Batch(
-        inputs | {"segments": segments},
-        _labels(examples),
-        None,
-        _n_targets(examples),
-        sum(e.n_tokens for e in examples),
-        len(ids),
-    )
+    return _batch(examples, inputs | {"segments": segments})
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -90,16 +84,19 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(shortest) if low[i] != high[i]), shortest)
 
 
-def _labels(examples: Sequence[Example]) -> "torch.Tensor":
-    "All targets in a row"
-    import torch
-
-    return torch.tensor([token for e in examples for token in e.completion], dtype=torch.long)
-
-
-def _n_targets(examples: Sequence[Example]) -> tuple[int, ...]:
-    "Targets of each example"
-    return tuple(len(e.completion) for e in examples)
+def _batch(
+    examples: Sequence[Example], inputs: dict[str, Any], chosen: torch.Tensor | None = None
+) -> Batch:
+    "What is the same however examples are laid out"
+    targets = [token for e in examples for token in e.completion]
+    return Batch(
+        inputs,
+        torch.tensor(targets, dtype=torch.long),
+        chosen,
+        tuple(len(e.completion) for e in examples),
+        sum(e.n_tokens for e in examples),
+        inputs["input_ids"].numel(),
+    )
 
 # %% ../../nbs/student/packing.ipynb #fe040f8e
 def pad(
@@ -107,8 +104,6 @@ def pad(
     pad_id: int,  # any token: no one attends to it
 ) -> Batch:  # one example a row, padded on the right
     "Stack examples, filled up to the longest"
-    import torch
-
     width = max(e.n_tokens for e in examples)
     ids = torch.full((len(examples), width), pad_id)
     attention, chosen = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -117,30 +112,20 @@ def pad(
         attention[row, : e.n_tokens] = 1
         chosen[row, len(e.prompt) - 1 : e.n_tokens - 1] = True
     inputs = {"input_ids": ids, "attention_mask": attention}
-    return Batch(
-        inputs,
-        _labels(examples),
-        chosen,
-        _n_targets(examples),
-        sum(e.n_tokens for e in examples),
-        ids.numel(),
-    )
+    return _batch(examples, inputs, chosen)
 
 # %% ../../nbs/student/packing.ipynb #610bd20f
 def segment_attention(
     module: Any,  # the attention layer
-    query: "torch.Tensor",  # (1, heads, T, head size)
-    key: "torch.Tensor",  # (1, key heads, T, head size)
-    value: "torch.Tensor",  # (1, key heads, T, head size)
+    query: torch.Tensor,  # (1, heads, T, head size)
+    key: torch.Tensor,  # (1, key heads, T, head size)
+    value: torch.Tensor,  # (1, key heads, T, head size)
     attention_mask: Any,  # unused: the segments say it all
     scaling: float | None = None,  # of the scores
     segments: tuple[int, ...] = (),  # length of the shared beginning, then of each example
     **others: Any,  # what other kinds of attention need
-) -> tuple["torch.Tensor", None]:  # (1, T, heads, head size)
+) -> tuple[torch.Tensor, None]:  # (1, T, heads, head size)
     "Causal attention of each example to the shared beginning and itself"
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention as attend
-
     start = segments[0]
     (_, *qs), (k0, *ks), (v0, *vs) = (t.split(segments, 2) for t in (query, key, value))
     out = (
@@ -162,10 +147,8 @@ def segment_attention(
 
 
 @lru_cache(maxsize=4096)
-def _causal(length: int, start: int, device: Any) -> "torch.Tensor":
+def _causal(length: int, start: int, device: Any) -> torch.Tensor:
     "Mask of an example's own tokens behind a shared beginning"
-    import torch
-
     return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
 
 # %% ../../nbs/student/packing.ipynb #8d451f0d
@@ -173,12 +156,9 @@ ATTENTION = "cot_distill_segments"
 
 
 def packing_for(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
 ) -> Callable[[Sequence[Example]], Batch]:  # `pack` as this model needs it
     "Set the model's attention for packed rows"
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     AttentionInterface.register(ATTENTION, segment_attention)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
@@ -192,23 +172,19 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 def token_losses(
     model: Any,  # the student, with or without adapter
     batch: Batch,
-) -> "torch.Tensor":  # (N,) float32, in nats
+) -> torch.Tensor:  # (N,) float32, in nats
     "Cross-entropy of every target token"
-    import torch
-
     device = next(model.parameters()).device
     inputs = {
         k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.inputs.items()
     }
     logits = model(**inputs, use_cache=False).logits
     logits = logits[0] if batch.chosen is None else logits[batch.chosen.to(device)]
-    return torch.nn.functional.cross_entropy(
-        logits.float(), batch.labels.to(device), reduction="none"
-    )
+    return cross_entropy(logits.float(), batch.labels.to(device), reduction="none")
 
 # %% ../../nbs/student/packing.ipynb #7b2a7abd
 def example_losses(
-    losses: "torch.Tensor",  # (N,) from `token_losses`
+    losses: torch.Tensor,  # (N,) from `token_losses`
     batch: Batch,
 ) -> list[float]:  # mean loss of each example
     "Losses by example"

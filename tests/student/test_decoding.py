@@ -14,11 +14,10 @@ from cot_distill.core.config import StudentConfig
 from cot_distill.core.errors import InputError
 from cot_distill.core.problems import load_problems
 from cot_distill.student import slots
-from cot_distill.student.engines import bytes_a_slot, decode, lay_out, slots_that_fit
+from cot_distill.student.engines import Completion, bytes_a_slot, decode, lay_out, slots_that_fit
 from cot_distill.student.lora import use_adapter
-from cot_distill.student.model import load_student
-from cot_distill.student.slots import Completion, DecodeTally, SlotModel, pick_tokens
-from cot_distill.student.tokens import prompt_ids, stop_ids
+from cot_distill.student.model import load_student, prompt_ids, stop_ids
+from cot_distill.student.slots import DecodeTally, SlotModel, pick_tokens
 
 VOCABULARY = 211
 SHAPE: dict[str, Any] = {
