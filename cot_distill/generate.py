@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .asking.cards import GenerateSummary, write_card
-from .asking.ledger import BatchLedger, read_attempts
+from .asking.ledger import Ledger, read_attempts
 from .asking.loop import ask_missing
 from .asking.replies import Answer
 from .asking.screening import eval_index, screen
@@ -120,7 +120,7 @@ def run_generate(
         summary = GenerateSummary.read(run, teacher_id)
         print(f"{summary} (already done)", file=sys.stderr)
         return summary
-    with BatchLedger(run.ledger(teacher_id)) as ledger:
+    with Ledger(run.ledger(teacher_id)) as ledger:
         ask_missing(
             study.generate,
             dict(questions),

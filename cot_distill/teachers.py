@@ -11,7 +11,7 @@ import asyncio
 import difflib
 import json
 import re
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import ValidationError
 
 from .asking.cards import quote_teacher
-from .asking.chat import ask_chat, check_chat_model, open_client
-from .asking.gemini import connect_gemini
-from .asking.ledger import request_key
-from .asking.recordings import Recording
+from .asking.hosted import ask_chat, check_chat_model, connect_gemini, open_client
+from .asking.ledger import Recording, request_key
 from .asking.replies import Answer, Question, read_body
 from .core.config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
 from .core.errors import CotDistillError, InputError
@@ -188,8 +186,7 @@ class OpenAITeacher(Teacher):
         return await ask_chat(self.client, self.cfg, question, self.deadline_s)
 
     async def check(self) -> str:
-        timeout_s = min(self.deadline_s, 20)
-        return await check_chat_model(self.client, self.cfg, self.url(self.cfg), timeout_s)
+        return await check_chat_model(self.client, self.cfg, min(self.deadline_s, 20))
 
     async def close(self) -> None:
         await self.client.close()
@@ -206,7 +203,7 @@ class GeminiTeacher(Teacher):
         deadline_s: float,  # total time of a call
     ):
         self.cfg = cfg
-        self._ask, self._check = connect_gemini(cfg, self.key_name(cfg), self.url(cfg), deadline_s)
+        self.ask, self.check = connect_gemini(cfg, self.key_name(cfg), self.url(cfg), deadline_s)
 
     @classmethod
     def open(cls, study: StudyConfig, cfg: TeacherConfig) -> Self:
@@ -219,12 +216,6 @@ class GeminiTeacher(Teacher):
     @classmethod
     def url(cls, cfg: TeacherConfig) -> str:
         return cfg.base_url or "https://generativelanguage.googleapis.com"
-
-    async def ask(self, question: Question) -> Answer:
-        return await self._ask(question)
-
-    async def check(self) -> str:
-        return await self._check()
 
 # %% ../nbs/00_teachers.ipynb #fe508797
 class LocalTeacher(Teacher):
@@ -390,18 +381,13 @@ def preflight(
         finally:
             await teacher.close()
 
-    for teacher_id in teacher_ids or study.teachers:
-        try:
-            verdicts[teacher_id] = (True, _on_thread(lambda t=teacher_id: check(t)))
-        except CotDistillError as err:
-            verdicts[teacher_id] = (False, str(err))
+    with ThreadPoolExecutor(1) as pool:  # a notebook's own thread runs an event loop already
+        for teacher_id in teacher_ids or study.teachers:
+            try:
+                verdicts[teacher_id] = (True, pool.submit(asyncio.run, check(teacher_id)).result())
+            except CotDistillError as err:
+                verdicts[teacher_id] = (False, str(err))
     return verdicts
-
-
-def _on_thread(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    "Run a coroutine to its end, also where an event loop is already running"
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(make())).result()
 
 # %% ../nbs/00_teachers.ipynb #40a58cea
 def teacher_table(

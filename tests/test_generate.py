@@ -19,7 +19,8 @@ import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
-from cot_distill.asking.cards import throughput
+from cot_distill.asking.cards import pace_of
+from cot_distill.asking.ledger import Ledger, read_attempts
 from cot_distill.asking.pace import Pacer
 from cot_distill.core.config import TeacherConfig, parse_study
 from cot_distill.core.errors import InputError, ResumeLater
@@ -237,11 +238,12 @@ def test_a_refusal_without_a_wait_holds_everybody_back(monkeypatch, tmp_path):
 
 def test_slow_start(tmp_path):
     "Without stated limits the number in flight doubles each round, up to the teacher's own bound"
-    with FaultyServer(always(Reply(body=completion(), delay_s=0.1))) as server:
+    with FaultyServer(always(Reply(body=completion(), delay_s=0.3))) as server:
         run_generate(
             make_study(server.url, n=120, teacher={"max_in_flight": 40}), "t", RunFolder(tmp_path)
         )
-        assert server.max_in_flight == 40
+        # a slow machine may answer the first of a round before it has read the last
+        assert 32 < server.max_in_flight <= 40
 
 
 def test_requests_per_day(tmp_path):
@@ -453,11 +455,12 @@ def test_throughput_beside_the_limit(tmp_path):
     with FaultyServer() as server:
         study = make_study(server.url, n=60, teacher={"rpm": 1200, "tpm": 10**6})
         run_generate(study, "t", run)
-    table = throughput(study, "t", run)
+    with Ledger(run.ledger("t")) as ledger:
+        pace = pace_of(read_attempts(ledger), study.generate.max_tokens)
     card = (run.teacher_dir("t") / "README.md").read_text()
     assert re.search(r"\| asked \| [0-9,]+ requests a minute \(\d+% of the limit\), ", card), card
-    assert 0.5 < table.loc["requests", "share"] <= 1.5 and table.loc["requests", "limit"] == 1200
-    assert table.loc["tokens", "a minute"] == pytest.approx(84 * table.loc["requests", "a minute"])
+    assert 0.5 < pace["requests"] / 1200 <= 1.5
+    assert pace["tokens"] == pytest.approx(84 * pace["requests"])
 
 
 def test_dead_provider_trips_the_breaker(tmp_path):

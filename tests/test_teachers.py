@@ -22,15 +22,9 @@ from hypothesis import strategies as st
 from places import DATA
 
 from cot_distill.asking.keys import read_key, redact
-from cot_distill.asking.loop import answer_columns, cost_usd
-from cot_distill.asking.recordings import export_recording
-from cot_distill.asking.replies import (
-    Question,
-    read_body,
-    read_error,
-    read_gemini_body,
-    read_openai_body,
-)
+from cot_distill.asking.ledger import answer_columns, export_recording
+from cot_distill.asking.loop import cost_usd
+from cot_distill.asking.replies import Question, read_body, read_error
 from cot_distill.core.config import TeacherConfig, parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
@@ -185,7 +179,7 @@ def test_gemini_settings_reach_the_provider(gemini_key):
 def test_gemini_by_the_old_package_warns_nobody():
     "The end-of-support warning is silenced: the choice is deliberate, and documented"
     code = (
-        "from cot_distill.asking.gemini import connect_generativeai\nfrom "
+        "from cot_distill.asking.hosted import connect_generativeai\nfrom "
         "cot_distill.core.config import TeacherConfig\n"
         "connect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', "
         "'http://127.0.0.1:9', 1.0)"
@@ -527,25 +521,22 @@ WRONG = st.fixed_dictionaries(
 def test_no_reply_can_break_the_run(data):
     """Whatever JSON a server makes up becomes a status; the ledger takes it and its price can be
     computed"""
-    for read in (read_openai_body, read_gemini_body, read_body):
-        answer = read(json.dumps(data))
-        assert answer.status in {
-            "ok",
-            "truncated",
-            "blocked",
-            "empty",
-            "malformed",
-            "thinking_only",
-        }
-        columns = answer_columns(answer)
-        sqlite3.connect(":memory:").execute(
-            f"SELECT {', '.join('?' * len(columns))}", tuple(columns.values())
-        ).fetchone()
-        assert (
-            cost_usd(TeacherConfig(provider="openai", usd_per_million_input=1.0), QUESTION, answer)
-            >= 0
-        )
-        read_error(429, json.dumps(data))
+    answer = read_body(json.dumps(data))
+    assert answer.status in {
+        "ok",
+        "truncated",
+        "blocked",
+        "empty",
+        "malformed",
+        "thinking_only",
+    }
+    columns = answer_columns(answer)
+    sqlite3.connect(":memory:").execute(
+        f"SELECT {', '.join('?' * len(columns))}", tuple(columns.values())
+    ).fetchone()
+    priced = TeacherConfig(provider="openai", usd_per_million_input=1.0)
+    assert cost_usd(priced, QUESTION, answer) >= 0
+    read_error(429, json.dumps(data))
 
 
 def recorded_study(path: Path, n: int = 3, **more):
@@ -608,10 +599,10 @@ def test_recordings_of_others_match_by_question(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("a.jsonl", "{not json", "not a readable recording"),
+        ("a.jsonl", "{not json", "a row of a recording needs completion"),
         ("a.txt", "x", "ends in"),
         ("a.jsonl", '{"question": "q"}', "needs completion"),
-        ("a.parquet", "PAR1 broken", "not a readable"),
+        ("a.parquet", "PAR1 broken", "cannot be read"),
     ],
 )
 def test_a_bad_recording_is_a_sentence(tmp_path, name, text, told):

@@ -18,7 +18,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from cot_distill.asking.recordings import export_recording
+from cot_distill.asking.ledger import export_recording
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import CotDistillError, InputError
 from cot_distill.core.files import atomic_path

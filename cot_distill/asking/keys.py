@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -44,23 +45,20 @@ def read_key(
             f"{name} does not look like a key (blanks, line breaks, other characters or under 8 "
             f"of them); copy it again from the provider's page"
         )
-    _KNOWN[value] = _any_spelling(value)
+    _KNOWN[value] = re.compile(
+        "".join(rf"\\*(?:{re.escape(c)}|(?i:u00{ord(c):02x}))" for c in value)
+    )
     return SecretStr(value)
 
 
-_KNOWN: dict[str, re.Pattern] = {}  # keys this process has read
-_WARNED: set[str] = set()
-
-# %% ../../nbs/asking/keys.ipynb #c8b5284c
-def _any_spelling(key: str) -> re.Pattern:
-    "A key as JSON may write it: plain, escaped, or escaped again inside another text"
-    return re.compile("".join(rf"\\*(?:{re.escape(c)}|(?i:u00{ord(c):02x}))" for c in key))
+# Keys this process has read, as JSON may write them: plain, escaped, or escaped again in a text
+_KNOWN: dict[str, re.Pattern] = {}
 
 
+@cache
 def _warn_if_readable(path: Path) -> None:
     "Say so once when other users of the machine can read the keys"
-    if path.stat().st_mode & 0o077 and str(path) not in _WARNED:
-        _WARNED.add(str(path))
+    if path.stat().st_mode & 0o077:
         print(
             f"warning: {path.name} can be read by other users of this machine; "
             f"run: chmod 600 {path.name}",
@@ -79,10 +77,8 @@ def redact(
     "Text with every known key, and whatever looks like one, replaced"
     if not text:
         return text
-    for value, any_spelling in _KNOWN.items():
-        text = text.replace(value, "[key removed]")
-        if "\\" in text:
-            text = any_spelling.sub("[key removed]", text)
+    for any_spelling in _KNOWN.values():
+        text = any_spelling.sub("[key removed]", text)
     return KEY_SHAPES.sub("[key removed]", text)
 
 # %% ../../nbs/asking/keys.ipynb #5de5341f

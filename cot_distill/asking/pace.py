@@ -10,7 +10,7 @@ __all__ = ['LONGEST_WAIT_S', 'MAX_FAILURES', 'NEEDS_A_PERSON', 'RateBudget', 'In
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from .keys import redact
 from .replies import RETRY, Answer
@@ -108,27 +108,19 @@ class Pacer:
         clock: Callable[[], float] = time.monotonic,
         day: Callable[[], str] = utc_day,
     ):
-        self.requests, self.tokens = (
-            RateBudget(cfg.rpm, clock=clock),
-            RateBudget(cfg.tpm, clock=clock),
-        )
+        self.requests = RateBudget(cfg.rpm, clock=clock)
+        self.tokens = RateBudget(cfg.tpm, clock=clock)
         self.adapts = cfg.rpm is None
         self.in_flight = InFlight(cfg.max_in_flight, start=8 if self.adapts else cfg.max_in_flight)
         self.rpd, self.n_today, self.day, self.today = cfg.rpd, n_sent_today, day, day()
-        self.clock, self.not_before, self.n_refused, self.refused_at = (
-            clock,
-            clock(),
-            0,
-            float("-inf"),
-        )
+        self.clock, self.not_before = clock, clock()
+        self.n_refused, self.refused_at = 0, float("-inf")
         self._turn = asyncio.Lock()
 
     async def admit(
         self,
         n_tokens: int,  # prompt and cap of the completion, as providers count
-        pause: Callable[
-            [float], Awaitable
-        ] = asyncio.sleep,  # one that ends early when the run is stopped
+        pause: Callable = asyncio.sleep,  # one that ends early when the run is stopped
     ) -> None:
         "Wait until this call may go; raises `ResumeLater` when the day is used up"
         if (today := self.day()) != self.today:
@@ -146,7 +138,7 @@ class Pacer:
                 await pause(wait)
                 await self._gate(pause)
 
-    async def _gate(self, pause: Callable[[float], Awaitable]) -> None:
+    async def _gate(self, pause: Callable) -> None:
         "Wait until the gate is open, or the run was stopped"
         while (wait := self.not_before - self.clock()) > 0:
             until = self.clock() + wait

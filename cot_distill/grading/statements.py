@@ -76,9 +76,16 @@ _ROUNDED = re.compile(
     r"\bround\w*(?:\s(?:it|this|that|up|down|off))*\s(?:to|gives)\s(?=[¤\d])", re.I
 )
 
-
-def _conclusion(plain: str) -> str | None:
-    "The answer that an undressed sentence comes to"
+# %% ../../nbs/grading/statements.ipynb #51877c60
+def conclude(
+    line: str,  # one line of a completion; only its last `WINDOW` characters are read
+) -> str | None:  # as `read_answer`
+    "The answer that the last sentence with digits comes to"
+    if len(line) > WINDOW:
+        line = line[-WINDOW:].lstrip("0123456789.,")
+    sentences = map(undress, reversed(_SENTENCE.split(line)))
+    if (plain := next(filter(_DIGIT.search, sentences), None)) is None:
+        return None
     if rounded := _ROUNDED.search(plain):
         return read_plain(plain[rounded.end() :])
     if "=" in plain:
@@ -86,32 +93,19 @@ def _conclusion(plain: str) -> str | None:
     if NUMBER.match(plain) and ", " in (listed := read_number(plain) or ""):
         return listed
     plain = outside_brackets(plain)
-    found = [
-        item for item in NUMBER.finditer(plain) if not _IN_SUM.search(plain, 0, item.end("sign"))
-    ]
-    starts = [item.start() for item in found]
-    main = [start for start in starts if not _ASIDE.search(plain, 0, start)]
-    return read_number(plain[main[-1] :] if main and len(starts) > 1 else plain)
-
-# %% ../../nbs/grading/statements.ipynb #0a8d069e
-def conclude(
-    line: str,  # one line of a completion; only its last `WINDOW` characters are read
-) -> str | None:  # as `read_answer`
-    "The answer that the last sentence with digits comes to"
-    if len(line) > WINDOW:
-        line = line[-WINDOW:].lstrip("0123456789.,")
-    for sentence in reversed(_SENTENCE.split(line)):
-        plain = undress(sentence)
-        if _DIGIT.search(plain):
-            return _conclusion(plain)
-    return None
+    found = [n for n in NUMBER.finditer(plain) if not _IN_SUM.search(plain, 0, n.end("sign"))]
+    main = [n.start() for n in found if not _ASIDE.search(plain, 0, n.start())]
+    return read_number(plain[main[-1] :] if main and len(found) > 1 else plain)
 
 # %% ../../nbs/grading/statements.ipynb #c847650e
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-_ONES = (_ONES + " fifteen sixteen seventeen eighteen nineteen").split()
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SPELLED = {word: value for value, word in enumerate(_ONES)}
-_SPELLED |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
+_SPELLED = dict(zip(_ONES, range(20), strict=True)) | dict(
+    zip(_TENS, range(20, 100, 10), strict=True)
+)
 _SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9}
 _SMALL = (
     rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(reversed(_ONES))})"
@@ -352,11 +346,6 @@ _COMES_TO = re.compile(
 )
 
 
-_ORDINAL = re.compile(r"\A\s*(?:\d{1,2}[.)]|[-*•])\s")
-_DIGITS = re.compile(r"\d[\d,.]*")
-_LONG_TAIL = re.compile(r"[,;:(]|(?:\w+\W+){9}")
-
-
 def breaks_off(
     text: str,  # a completion
 ) -> bool:  # as far as its end shows
@@ -368,15 +357,15 @@ def breaks_off(
         return True
     if not line[-1:].isalnum():
         return False
-    sentence = _ORDINAL.sub("", _SENTENCE.split(line)[-1])
-    *_, before, after = [None, *_DIGITS.split(sentence)]
-    if before is None or _LONG_TAIL.search(after):
+    sentence = re.sub(r"\A\s*(?:\d{1,2}[.)]|[-*•])\s", "", _SENTENCE.split(line)[-1])
+    *_, before, after = [None, *re.split(r"\d[\d,.]*", sentence)]
+    if before is None or re.search(r"[,;:(]|(?:\w+\W+){9}", after):
         return True
     if _COMES_TO.search(sentence[: len(sentence) - len(after)]):
         return False
     return len(sentence.split()) > 5 if after else bool(_ASIDE.search(before))
 
-
+# %% ../../nbs/grading/statements.ipynb #b30d0de1
 _GIVES_UP = re.compile(
     r"\b(?:can(?:no|')t|can not|could(?: not|n't)|unable to|(?:im|not )possible "
     r"to|do(?:es)?(?: not|n't))"
@@ -385,8 +374,6 @@ _GIVES_UP = re.compile(
     r"answer\W{0,6}(?:is\b|:)[^\d\n]*\Z",
     re.I,
 )
-
-# %% ../../nbs/grading/statements.ipynb #b30d0de1
 _REMARK = re.compile(r"[\s*_]*\([^()\n]*[A-Za-z]{2}[^()\n]*\)[*_.\s]*")
 
 
@@ -425,15 +412,9 @@ def visible(
     completion: str,  # as the model emitted it
 ) -> tuple[int, int]:  # where it begins and ends
     "The part of a completion that its reader is meant to see: no thoughts, nothing after its turn"
-    start, end = 0, len(completion)
-    if "think>" in completion:
-        closed, opened = completion.rfind("</think>"), completion.find("<think>")
-        if closed >= 0:
-            start = closed + len("</think>")
-        elif opened >= 0:
-            end = opened
-    if completion.find("<", start, end) < 0:
-        return start, end
+    closed, opened = completion.rfind("</think>"), completion.find("<think>")
+    start = closed + len("</think>") if closed >= 0 else 0
+    end = opened if closed < 0 <= opened else len(completion)
     for turn_end in _TURN_END.finditer(completion, start, end):
         if completion[start : turn_end.start()].strip():
             return start, turn_end.start()

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..grading.numbers import same_number
+from ..grading import same_number
 from .format import NUMBER, Equation, equations, plain_arithmetic
 
 # %% ../../nbs/reading/mistakes.ipynb #ebe3f4b6

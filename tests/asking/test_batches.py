@@ -12,7 +12,7 @@ import pytest
 from asked import HELPERS, RUN, make_study
 from faulty_server import FaultyServer, Reply, Request, completion
 
-from cot_distill.asking.ledger import BatchLedger
+from cot_distill.asking.ledger import Ledger
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.runs import RunFolder
 from cot_distill.generate import run_generate
@@ -221,7 +221,7 @@ def test_cap_in_dollars(tmp_path):
             len(t.splitlines()) for name, t in server.files.items() if name.startswith("file-")
         )
         assert 0 < n_submitted < 10
-    with BatchLedger(run.ledger("t")) as ledger:
+    with Ledger(run.ledger("t")) as ledger:
         rows = ledger._connection.execute(
             "SELECT SUM(is_final), SUM(cost_usd) FROM attempts"
         ).fetchone()

@@ -18,7 +18,7 @@ from cot_distill.grading import (
     explain,
     final_answer,
     final_choice,
-    grade_by,
+    grade,
     is_correct,
     same_number,
 )
@@ -289,7 +289,7 @@ def test_no_text_breaks_it(completion: str, truncated: bool) -> None:
     assert is_correct(completion, "72", truncated) is same_number(answer, "72")
     explained(completion, truncated)
     for rule in RULES:
-        assert isinstance(grade_by(rule, completion, "72"), bool)
+        assert isinstance(grade(completion, "72", rule=rule)[1], bool)
 
 
 @settings(max_examples=300, deadline=None)
@@ -355,7 +355,7 @@ def test_ten_megabytes(unit: str) -> None:
     text = unit * (10_000_000 // len(unit))
     began = time.process_time()
     assert final_answer(text + "\n#### 72") == "72"
-    assert all(isinstance(grade_by(rule, text, "72"), bool) for rule in RULES)
+    assert all(isinstance(grade(text, "72", rule=rule)[1], bool) for rule in RULES)
     assert time.process_time() - began < 20
 
 
@@ -409,12 +409,12 @@ def test_a_number_too_long_to_read_is_no_answer() -> None:
     ],
 )
 def test_rules_differ(completion: str, reference: str, right: set[str]) -> None:
-    assert {rule for rule in RULES if grade_by(rule, completion, reference)} == right
+    assert {rule for rule in RULES if grade(completion, reference, rule=rule)[1]} == right
 
 
 def test_unknown_rule_names_the_known() -> None:
     with pytest.raises(ValueError, match="lm_eval_flexible.*'strict'"):
-        grade_by("strict", "#### 72", "72")
+        grade("#### 72", "72", rule="strict")
 
 
 @pytest.mark.parametrize(("split", "n"), [("train", 7473), ("test", 1319)])
@@ -507,4 +507,4 @@ def test_rules_of_the_harness_are_its_own() -> None:
         for (text, gold), (extracted,) in zip(texts, found, strict=True):
             assert (RULES[rule](text) or "[invalid]") == extracted
             score = exact_match_hf_evaluate(predictions=[extracted], references=[gold], **how)
-            assert grade_by(rule, text, gold) == bool(score["exact_match"])
+            assert grade(text, gold, rule=rule)[1] == bool(score["exact_match"])

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cot_distill.core.problems import Problem, load_problems
 from cot_distill.core.stats import holm, paired_difference, wilson
-from cot_distill.grading import final_answer, grade_by, is_correct
+from cot_distill.grading import final_answer, grade, is_correct
 
 STUDY = """\
 name = "made"
@@ -160,7 +160,10 @@ def result_row(variant: str, frame: pd.DataFrame, base: pd.DataFrame, cost: floa
     right = frame["is_correct"]
     rules = {
         rule: pd.Series(
-            [grade_by(rule, row.completion, row.reference_answer) for row in frame.itertuples()]
+            [
+                grade(row.completion, row.reference_answer, rule=rule)[1]
+                for row in frame.itertuples()
+            ]
         )
         for rule in ("last_number", "lm_eval_strict")
     }
