@@ -16,7 +16,7 @@ import pandas as pd
 from .core.stats import holm
 from .reading.format import text_features
 from .reading.frames import Runs
-from .reading.prices import dollars, points_a_dollar
+from .reading.verdict import dollars, points_a_dollar
 from .reading.words import p_text, percent, seeds_text
 
 # %% ../nbs/04_analysis.ipynb #4c0e82ed

@@ -355,7 +355,7 @@ def analyze(
     """
     config, *others = what
     if others or config.is_dir():
-        from cot_distill.web.together import analyze_together
+        from cot_distill.web.run_pages import analyze_together
 
         print(analyze_together(what, out))
         return

@@ -29,7 +29,7 @@ from .core.problems import Problem, study_problems
 from .core.runs import RunFolder, record_run
 from .core.showing import Progress
 from .grading import grade
-from .reading.answers import answers_at_hand, write_answers
+from .reading.scores import answers_at_hand, write_answers
 from .student.engines import Completion, open_engine
 from .student.model import load_tokenizer, prompt_ids
 

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_run import make_run
-from matplotlib.figure import Figure
 from places import ROOT
 
 from cot_distill import analysis
@@ -26,7 +25,7 @@ from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
 from cot_distill.core.showing import teacher_color
 from cot_distill.core.stats import holm, paired_difference
-from cot_distill.reading import figures, prices, verdict
+from cot_distill.reading import figures, verdict
 from cot_distill.reading.format import equations, text_features, value_of
 from cot_distill.reading.frames import RESULT_COLUMNS, Runs, load_runs, result_rows
 from cot_distill.reading.mistakes import (
@@ -88,7 +87,7 @@ def test_the_published_study_gets_the_intervals_it_lacked(published: Runs) -> No
 
 
 def test_a_run_is_read_in_the_order_of_its_study(made: Runs) -> None:
-    assert list(made.results.columns) == RESULT_COLUMNS
+    assert list(made.results.columns) == ["run", *RESULT_COLUMNS]
     assert list(made.evals["variant"].unique()) == ["base", "human", "recorded"]
     assert set(made.evals["problem_set"]) == {"two-step", "other"}
     assert list(made.training["variant"]) == ["human", "recorded"]
@@ -184,7 +183,9 @@ def test_every_question_has_an_answer_on_a_full_run(made: Runs) -> None:
         3: analysis.teacher_sentences(texts),
         4: analysis.collapse_sentences(shares),
         5: analysis.mistake_sentences(shares),
-        6: prices.cost_sentences(prices.cost_table(main), "a machine"),
+        6: verdict.cost_sentences(
+            verdict.cost_table(main, verdict.teacher_prices(made)), "a machine"
+        ),
         8: analysis.brittle_sentences(analysis.other_sets(made.results)),
     }
     for number, sentences in said.items():
@@ -213,11 +214,11 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
         "lengths": (figures.plot_lengths, texts),
         "gain": (figures.plot_gain_against, beside),
         "outcomes": (figures.plot_outcomes, outcome_shares(answers)),
-        "pareto": (figures.plot_pareto, prices.cost_table(main)),
+        "pareto": (figures.plot_pareto, verdict.cost_table(main, verdict.teacher_prices(made))),
         "others": (figures.plot_differences, analysis.other_sets(made.results)),
     }
     for name, (plot, data) in drawings.items():
-        ax = plot(data, ax=Figure().subplots())
+        ax = plot(data)
         assert ax.get_xlabel() or ax.get_title(), name
         drawn = {
             t.get_text()
@@ -302,24 +303,24 @@ def test_teachers_that_no_test_tells_apart_share_a_rank(made: Runs) -> None:
     apart = verdict.ranking(main, pairs.assign(p_holm=0.001))
     assert list(apart["rank"]) == [1, 2] and set(apart["ties"]) == {""}
     assert apart["delta"].is_monotonic_decreasing
-    table = analysis.ranking_table(tied, prices.cost_table(main, prices.teacher_prices(made)))
+    table = analysis.ranking_table(tied, verdict.cost_table(main, verdict.teacher_prices(made)))
     assert list(table.columns[:2]) == ["rank", "difference to base, points"]
 
 
 def test_a_price_of_a_point_has_the_interval_of_the_gain(made: Runs) -> None:
     main = verdict.headline(made.results).assign(delta=0.05, delta_low=0.02, delta_high=0.08)
     known = pd.DataFrame({"variant": ["human", "recorded"], "usd": [math.nan, 0.4]})
-    costs = prices.cost_table(main, known.assign(basis=["no price is stated", "list price"]))
+    costs = verdict.cost_table(main, known.assign(basis=["no price is stated", "list price"]))
     row = costs.set_index("variant").loc["recorded"]
     ends = [row[f"usd a point{end}"] for end in ("", " low", " high")]
     assert ends == pytest.approx([0.08, 0.05, 0.2])
-    assert prices.points_a_dollar(row.to_dict()) == "+12.5 [+5, +20]"
-    text = " ".join(prices.cost_sentences(costs))
+    assert verdict.points_a_dollar(row.to_dict()) == "+12.5 [+5, +20]"
+    text = " ".join(verdict.cost_sentences(costs))
     assert "$0.08 a point, 95 % interval $0.05 to $0.20" in text
     assert "**human**: no price is stated" in text
-    open_end = prices.cost_table(main.assign(delta_low=-0.01), known.assign(basis="list price"))
-    assert "without an upper end" in " ".join(prices.cost_sentences(open_end))
-    ax = figures.plot_price(open_end[open_end["usd"] > 0], ax=Figure().subplots())
+    open_end = verdict.cost_table(main.assign(delta_low=-0.01), known.assign(basis="list price"))
+    assert "without an upper end" in " ".join(verdict.cost_sentences(open_end))
+    ax = figures.plot_price(open_end[open_end["usd"] > 0])
     assert [label.get_text() for label in ax.get_yticklabels()]
 
 
@@ -337,7 +338,7 @@ def test_two_sizes_make_a_learning_curve(tmp_path: Path) -> None:
     table = analysis.sizes(analysis.over_runs(runs))
     assert sorted(table["variant"].unique()) == ["human", "recorded"] and len(table) == 4
     assert len(analysis.size_sentences(table)) == 2
-    ax = figures.plot_learning_curve(table, ax=Figure().subplots())
+    ax = figures.plot_learning_curve(table)
     labelled = [float(tick.get_text().replace(",", "")) for tick in ax.get_xticklabels()]
     assert set(labelled) <= set(table["n_examples"]) and labelled[0] == table["n_examples"].min()
     assert all(second > 1.25 * first for first, second in pairwise(labelled)), labelled
@@ -376,7 +377,7 @@ def test_runs_are_told_apart_by_what_their_settings_say(tmp_path: Path) -> None:
         "small",
         "full",
     }  # the other recipe has one size only
-    ax = figures.plot_differences(every, "setting", ax=Figure().subplots())
+    ax = figures.plot_differences(every, "setting")
     assert ax.get_yticklabels()[2].get_text() == "other\nlearning rate 1e-05\n60 problems\n(n = 40)"
     assert "6 differences in 3 runs" in analysis.run_sentences(every)[0]
     two = load_runs([full, other]).info.set_index("run")
@@ -414,7 +415,7 @@ def test_the_spread_over_seeds_stands_in_table_and_forest(made: Runs) -> None:
     assert verdict.results_table(main).loc["human", "over seeds"] == "50.0 ± 4.0 % (3 seeds)"
     assert verdict.results_table(main).loc["base", "over seeds"] == ""
     base = main.set_index("variant").loc["base", "accuracy"]
-    ends = [line.get_xdata() for line in figures.plot_forest(main, ax=Figure().subplots()).lines]
+    ends = [line.get_xdata() for line in figures.plot_forest(main).lines]
     assert any(
         len(x) == 2
         and abs(x[0] - 100 * (0.45 - base)) < 1e-9

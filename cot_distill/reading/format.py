@@ -92,26 +92,8 @@ _TOKENS = re.compile(
     r"|(?P<equals>=)|(?P<other>\n|[^ \t])"
 )
 _TIMES = {
-    "second",
-    "seconds",
-    "minute",
-    "minutes",
-    "hour",
-    "hours",
-    "day",
-    "days",
-    "week",
-    "weeks",
-    "month",
-    "months",
-    "year",
-    "years",
+    f"{unit}{s}" for unit in "second minute hour day week month year".split() for s in ("", "s")
 }
-
-
-def _tokens(text: str) -> list[tuple[str, str]]:
-    "(kind, token) in reading order"
-    return [(str(match.lastgroup), match.group()) for match in _TOKENS.finditer(text)]
 
 
 def _is_unit(tokens: list[tuple[str, str]], at: int) -> bool:
@@ -141,7 +123,8 @@ def equations(
     text: str,  # a completion; its first 20,000 characters are read
 ) -> list[Equation]:  # in reading order; GSM8K's calculator marks count once
     "All calculations that a text writes down as `sum = number`"
-    tokens = _tokens(plain_arithmetic(re.sub(r"<<[^<>]*>>", "", text[:20_000])))
+    plain = plain_arithmetic(re.sub(r"<<[^<>]*>>", "", text[:20_000]))
+    tokens = [(str(match.lastgroup), match.group()) for match in _TOKENS.finditer(plain)]
     pairs = (_equation(tokens, i) for i, (kind, _) in enumerate(tokens) if kind == "equals")
     return [equation for equation in pairs if equation]
 
@@ -160,7 +143,9 @@ def _equation(tokens: list[tuple[str, str]], at: int) -> Equation | None:
         or len(_TIMES.intersection(units)) > 1
     ):
         return None
-    expression = _balanced(" ".join(token for kind, token in left if kind != "unit"))
+    expression = " ".join(token for kind, token in left if kind != "unit")
+    if expression.count("(") != expression.count(")"):  # stray ones that the sentence left
+        expression = re.sub(r"[()]", " ", expression)
     value = value_of(expression)
     if value is None:
         return None
@@ -180,12 +165,6 @@ def _goes_on(after: list[tuple[str, str]]) -> bool:
     return (kind == "other" and token.isalpha()) or (
         kind == "sign" and token != ")" and next_kind in ("number", "sign")
     )
-
-
-def _balanced(expression: str) -> str:
-    "A sum without the stray brackets that its sentence left on it"
-    opened, closed = expression.count("("), expression.count(")")
-    return expression if opened == closed else re.sub(r"[()]", " ", expression)
 
 # %% ../../nbs/reading/format.ipynb #7052b75d
 MARKUP = re.compile(r"\*\*|^#{1,3}\s|\\\(|\\\[|\\frac|\\boxed|<[a-zA-Z/][^<>]*>|`", re.MULTILINE)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESULT_COLUMNS', 'SIZE', 'NO_SETTINGS', 'EVAL_COLUMNS', 'RATIONALE_COLUMNS', 'TRAINING_COLUMNS', 'TEACHER_COLUMNS',
-           'result_rows', 'differing_settings', 'Runs', 'load_runs']
+           'INFO_COLUMNS', 'READERS', 'result_rows', 'told_apart', 'Runs', 'load_runs']
 
 # %% ../../nbs/reading/frames.ipynb #ce79e790
 import re
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,51 +18,45 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 
 from ..core.errors import InputError
 from ..core.files import flatten, read_json, read_parquet
-from ..core.runs import RunFolder
+from ..core.runs import RunFolder, recorded_stages
 from ..core.stats import holm, two_proportion_p, wilson
-from .answers import check_output, scored_table
-from .results import read_results
+from .results import read_results, written_study
+from .scores import checked, scored_table
 
 # %% ../../nbs/reading/frames.ipynb #a909d617
 RESULT_COLUMNS = (
-    "run study problem_set is_headline variant n n_correct accuracy low high n_truncated "
-    "n_no_answer "
+    "study problem_set is_headline variant n n_correct accuracy low high n_truncated n_no_answer "
     "delta delta_low delta_high p p_holm is_paired over_seeds final_train_loss train_wall_s "
     "eval_wall_s teacher_cost_usd accuracy_by_rule"
 ).split()
 
 
 def result_rows(
-    block: dict[str, Any],  # results.json, or one entry of its `other_problem_sets`
+    block: Mapping[str, Any],  # results.json, or one entry of its `other_problem_sets`
 ) -> list[dict[str, Any]]:  # one a variant, in the file's order
     "Flat rows of one problem set, intervals and differences filled in where the file has none"
-    rows = [_flat(variant, block) for variant in block["variants"]]
+    rows = [_flat(variant, block["n"]) for variant in block["variants"]]
     base = next((row for row in rows if row["variant"] == "base"), None)
-    lacking = [row for row in rows if row is not base and row["delta"] is None]
-    if base and lacking:
-        p_values = {
-            row["variant"]: two_proportion_p(row["n_correct"], base["n_correct"], row["n"])
-            for row in lacking
-        }
-        corrected = holm(p_values)
-        for row in lacking:
-            row |= _unpaired(row, base) | {
-                "p": p_values[row["variant"]],
-                "p_holm": corrected[row["variant"]],
-                "is_paired": False,
-            }
+    lacking = [row for row in rows if base and row is not base and row["delta"] is None]
+    for row in lacking:  # the single answers are unknown: Newcombe's interval
+        counts = [one[key] for one in (row, base) for key in ("n_correct", "n")]
+        low, high = confint_proportions_2indep(*counts, method="newcomb")
+        row |= {"delta": row["accuracy"] - base["accuracy"], "delta_low": float(low)}
+        row |= {"delta_high": float(high), "p": two_proportion_p(counts[0], counts[2], row["n"])}
+    corrected = holm({row["variant"]: row["p"] for row in lacking})
+    for row in lacking:
+        row["p_holm"] = corrected[row["variant"]]
     return rows
 
-
-def _flat(variant: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+# %% ../../nbs/reading/frames.ipynb #f9d322a2
+def _flat(variant: Mapping[str, Any], n_asked: int) -> dict[str, Any]:
     "One variant as one row"
-    n = variant.get("n") or block["n"]
+    n = variant.get("n") or n_asked
     n_correct = variant.get("n_correct", round(variant.get("accuracy", 0) * n))
     low, high = variant.get("ci95") or wilson(n_correct, n)
     gain = variant.get("vs_base") or {}
     delta_low, delta_high = gain.get("ci95") or (None, None)
-    kept = {key: variant.get(key) for key in RESULT_COLUMNS if key in variant}
-    return kept | {
+    return {key: variant[key] for key in RESULT_COLUMNS if key in variant} | {
         "n": n,
         "n_correct": n_correct,
         "accuracy": n_correct / n,
@@ -77,18 +70,6 @@ def _flat(variant: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
         "is_paired": bool(gain),
     }
 
-# %% ../../nbs/reading/frames.ipynb #f9d322a2
-def _unpaired(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
-    "Difference of two accuracies and Newcombe's interval, for when the single answers are unknown"
-    low, high = confint_proportions_2indep(
-        row["n_correct"], row["n"], base["n_correct"], base["n"], method="newcomb"
-    )
-    return {
-        "delta": row["accuracy"] - base["accuracy"],
-        "delta_low": float(low),
-        "delta_high": float(high),
-    }
-
 # %% ../../nbs/reading/frames.ipynb #124e00c3
 SIZE = "problems.limit"
 NO_SETTINGS = re.compile(
@@ -96,54 +77,33 @@ NO_SETTINGS = re.compile(
 )
 
 
-def differing_settings(
+def told_apart(
     configs: Mapping[str, Mapping[str, Any]],  # run -> its study, nested
-) -> dict[str, dict[str, Any]]:  # run -> dotted key -> value, only what is not the same in all
-    "What tells several studies apart"
+) -> pd.DataFrame:  # a row a run: `recipe` and `size`, in words
+    "In what several studies differ"
     flat = {
-        run: {key: value for key, value in flatten(config).items() if not NO_SETTINGS.match(key)}
+        run: {key: str(value) for key, value in flatten(config).items()}
         for run, config in configs.items()
     }
     keys = sorted({key for settings in flat.values() for key in settings})
-    telling = [
-        key for key in keys if len({str(settings.get(key)) for settings in flat.values()}) > 1
-    ]
-    return {
-        run: {key: settings.get(key, "default") for key in telling}
-        for run, settings in flat.items()
+    table = {
+        key: [settings.get(key, "default") for settings in flat.values()]
+        for key in keys
+        if not NO_SETTINGS.match(key)
     }
-
-# %% ../../nbs/reading/frames.ipynb #6c011331
-def _with_settings(info: pd.DataFrame, runs: dict[str, RunFolder]) -> pd.DataFrame:
-    "The table of runs with `recipe` and `size`: what differs, in words"
-    configs = {
-        name: tomllib.loads(run.config_file.read_text(encoding="utf-8"))
-        for name, run in runs.items()
-        if run.config_file.exists()
-    }
-    table = pd.DataFrame.from_dict(differing_settings(configs), orient="index").astype(
-        str
-    )  # a row a run, a column a setting
-    usual = {
-        key: column.mode()[0]
-        for key, column in table.items()
-        if column.value_counts().iloc[0] > len(column) / 2
-    }
-    told = {key: f"{key.rpartition('.')[2].replace('_', ' ')} " for key in table if key != SIZE}
-    recipes = {
-        run: ", ".join(told[key] + row[key] for key in told if row[key] != usual.get(key))
-        for run, row in table.iterrows()
-    }
-    sizes = {
-        run: f"{'all' if row[SIZE] in ('None', 'default') else row[SIZE]} problems"
-        if SIZE in row
-        else ""
-        for run, row in table.iterrows()
-    }
-    return info.assign(
-        recipe=[recipes.get(run, "") for run in info["run"]],
-        size=[sizes.get(run, "") for run in info["run"]],
-    )
+    usual = {key: max(told, key=told.count) for key, told in table.items()}
+    shared = {key for key, told in table.items() if 2 * told.count(usual[key]) > len(told)}
+    rows = {}
+    for number, run in enumerate(flat):
+        words = [
+            f"{key.rpartition('.')[2].replace('_', ' ')} {told[number]}"
+            for key, told in table.items()
+            if key != SIZE and not (key in shared and told[number] == usual[key])
+        ]
+        size = table.get(SIZE, [""])
+        told = f"{size[number].replace('default', 'all')} problems" if len({*size}) > 1 else ""
+        rows[run] = {"recipe": ", ".join(words), "size": told}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["recipe", "size"])
 
 # %% ../../nbs/reading/frames.ipynb #bb39bb7d
 @dataclass(frozen=True)
@@ -168,20 +128,117 @@ class Runs:
             }
         )
 
+# %% ../../nbs/reading/frames.ipynb #b8d5db5c
+def _in_order(run: RunFolder, names: Iterable[str]) -> list[str]:
+    """Students without their repeats (`human.seed1` is `human` with another seed): base, then as
+    the study lists the teachers, then strangers"""
+    listed = ["base", *written_study(run).get("teachers", {})]
+    own = {name for name in names if name.rpartition(".seed")[0] not in listed or name in listed}
+    return [*(name for name in listed if name in own), *sorted(own.difference(listed))]
+
+
+def _files(run: RunFolder, pattern: str) -> list[Path]:
+    "Files of these students"
+    found = sorted(run.path.glob(pattern))
+    names = _in_order(run, (path.parent.name for path in found))
+    return [path for name in names for path in found if path.parent.name == name]
+
+# %% ../../nbs/reading/frames.ipynb #64e57b0b
+def _results(run: RunFolder) -> Iterator[pd.DataFrame]:
+    "results.json as the tables give it again, its other problem sets included"
+    data, rows = read_results(run), []
+    for block in [data, *data.get("other_problem_sets", [])]:
+        whose = {"study": data.get("study"), "problem_set": block.get("problem_set")}
+        whose["is_headline"] = block is data
+        found = result_rows(block)
+        own = _in_order(run, (row["variant"] for row in found))
+        rows += [whose | row for row in found if row["variant"] in own]
+    yield pd.DataFrame(rows, columns=RESULT_COLUMNS)
+
+
+EVAL_COLUMNS = (
+    "variant problem_set problem_id question reference_answer completion final_answer "
+    "is_correct n_tokens truncated"
+).split()
+
+
+def _evals(run: RunFolder) -> Iterator[pd.DataFrame]:
+    "Graded answers of all students"
+    for path in _files(run, "evals/*/*.parquet"):
+        table = scored_table(path.parent, path.stem)
+        yield table.assign(variant=path.parent.name, problem_set=path.stem)
+
+# %% ../../nbs/reading/frames.ipynb #b1c1df1f
+RATIONALE_COLUMNS = (
+    "variant problem_id question reference_answer model completion final_answer is_correct kept "
+    "drop_reason prompt_tokens completion_tokens cost_usd latency_s"
+).split()
+TRAINING_COLUMNS = "variant n_examples n_tokens n_target_tokens mean_nll train_wall_s".split()
+
+
+def _rationales(run: RunFolder) -> Iterator[pd.DataFrame]:
+    "Graded texts of all teachers"
+    for path in _files(run, "teachers/*/rationales.parquet"):
+        yield read_parquet(checked(path, "generate")).assign(variant=path.parent.name)
+
+
+def _training(run: RunFolder) -> Iterator[pd.DataFrame]:
+    "What each student was trained on, and how surprising it found that before training"
+    rows = [
+        {"variant": path.parent.name} | read_json(checked(path, "train"))
+        for path in _files(run, "students/*/training_log.json")
+    ]
+    yield pd.DataFrame(rows, columns=TRAINING_COLUMNS)
+
+# %% ../../nbs/reading/frames.ipynb #1b36b214
+TEACHER_COLUMNS = "variant provider usd_per_million_input usd_per_million_output".split()
+INFO_COLUMNS = "study description student commit hardware".split()
+
+
+def _teachers(run: RunFolder) -> Iterator[pd.DataFrame]:
+    "Each teacher's provider and list price, as the study states them"
+    teachers = written_study(run).get("teachers", {})
+    rows = [{"variant": name} | teacher for name, teacher in teachers.items()]
+    yield pd.DataFrame(rows, columns=TEACHER_COLUMNS)
+
+
+def _info(run: RunFolder) -> Iterator[pd.DataFrame]:
+    "Name, description, student, commit and hardware of a run"
+    config, stages = written_study(run), recorded_stages(run).values()
+    sources = [entry["provenance"] for entry in stages if entry.get("provenance")]
+    commits = {
+        str(source["commit"])[:10] + (" with uncommitted changes" if source.get("dirty") else "")
+        for source in sources
+        if source.get("commit")
+    }
+    machines = [source["hardware"] for source in sources]
+    devices = {", ".join(machine.get("gpus") or []) or machine["cpu"] for machine in machines}
+    row = {
+        "study": config.get("name"),
+        "description": config.get("description", ""),
+        "student": config.get("student", {}).get("model"),
+        "commit": "; ".join(sorted(commits)),
+        "hardware": "; ".join(sorted(devices)),
+    }
+    if config:
+        yield pd.DataFrame([row])
+
+
+READERS = {
+    "results": (RESULT_COLUMNS, _results),
+    "evals": (EVAL_COLUMNS, _evals),
+    "rationales": (RATIONALE_COLUMNS, _rationales),
+    "training": (TRAINING_COLUMNS, _training),
+    "teachers": (TEACHER_COLUMNS, _teachers),
+    "info": (INFO_COLUMNS, _info),
+}
+
 # %% ../../nbs/reading/frames.ipynb #ed10e19b
 def load_runs(
-    run_dirs: Iterable[str | Path],  # run folders, or frozen copies of them
+    run_dirs: Iterable[str | Path],  # run folders, or frozen copies of them; one at least
 ) -> Runs:
     "Read run folders; raises `InputError` for a folder that is missing or holds nothing to read"
     runs = {Path(path).resolve(): RunFolder(path) for path in run_dirs}
-    readers = {
-        "results": _results,
-        "evals": _evals,
-        "rationales": _rationales,
-        "training": _training,
-        "teachers": _teachers,
-        "info": _info,
-    }
     for run in runs.values():
         if not run.config_file.exists() and not run.results_json.exists():
             raise InputError(
@@ -189,189 +246,29 @@ def load_runs(
                 "`cot-distill run` makes one under runs/"
             )
     named = dict(zip(_names(list(runs)), runs.values(), strict=True))
-    tables = {field.name: _stacked(named, readers[field.name]) for field in fields(Runs)}
-    return Runs(**tables | {"info": _with_settings(tables["info"], named)})
+    tables = {name: _stacked(named, *reader) for name, reader in READERS.items()}
+    studies = {name: study for name, run in named.items() if (study := written_study(run))}
+    tables["info"] = tables["info"].join(told_apart(studies), on="run")
+    return Runs(**tables)
 
 
-def _names(paths: list[Path]) -> list[str]:
-    """What to call each run: its folder's name, with as much of the path in front as tells it from
-    the others"""
+def _names(paths: list[Path]) -> Iterator[str]:
+    "A folder's name, with as much of the path in front as tells it from the others"
     parts = [path.parts for path in paths]
-    return [
-        "/".join(
-            next(
-                own[-k:]
-                for k in range(1, len(own) + 1)
-                if sum(other[-k:] == own[-k:] for other in parts) == 1
-            )
+    for own in parts:
+        ends = [own[-k:] for k in range(1, len(own) + 1)]
+        yield "/".join(
+            next(end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
         )
-        for own in parts
-    ]
 
-# %% ../../nbs/reading/frames.ipynb #c3b27366
-def _stacked(runs: dict[str, RunFolder], read: Callable[[RunFolder], pd.DataFrame]) -> pd.DataFrame:
+
+def _stacked(
+    runs: Mapping[str, RunFolder],
+    columns: list[str],
+    read: Callable[[RunFolder], Iterator[pd.DataFrame]],
+) -> pd.DataFrame:
     "One table of all runs, with the run's name in front"
-    tables = [table.assign(run=name) for name, run in runs.items() if len(table := read(run))]
-    if not tables:
-        return read(RunFolder("nowhere")).assign(run=pd.Series(dtype=object))
-    stacked = pd.concat(tables, ignore_index=True)
-    return stacked[["run", *(column for column in stacked.columns if column != "run")]]
-
-# %% ../../nbs/reading/frames.ipynb #2e317aac
-EVAL_COLUMNS = (
-    "variant problem_set problem_id question reference_answer completion final_answer "
-    "is_correct n_tokens truncated"
-).split()
-RATIONALE_COLUMNS = (
-    "variant problem_id question reference_answer model completion final_answer is_correct kept "
-    "drop_reason prompt_tokens completion_tokens cost_usd latency_s"
-).split()
-
-
-def _results(run: RunFolder) -> pd.DataFrame:
-    "results.json as the tables give it again, its other problem sets included"
-    data = read_results(run)
-    blocks = [data, *data.get("other_problem_sets", [])]
-    rows = [
-        {
-            "study": data.get("study"),
-            "problem_set": block.get("problem_set"),
-            "is_headline": block is data,
-        }
-        | row
-        for block in blocks
-        for row in result_rows(block)
-        if not _is_repeat(run, row["variant"])
-    ]
-    return pd.DataFrame(rows, columns=RESULT_COLUMNS).drop(columns="run")
-
-
-def _listed(run: RunFolder) -> list[str]:
-    "Base, then the teachers as the study lists them"
-    return (
-        ["base", *tomllib.loads(run.config_file.read_text(encoding="utf-8")).get("teachers", {})]
-        if run.config_file.exists()
-        else ["base"]
-    )
-
-
-def _is_repeat(run: RunFolder, variant: str) -> bool:
-    """Whether a student differs from another one in nothing but the seed, as `human.seed1` does
-    from `human`"""
-    listed = _listed(run)
-    return variant not in listed and variant.rpartition(".seed")[0] in listed
-
-# %% ../../nbs/reading/frames.ipynb #3670e6bb
-def _in_order(run: RunFolder, found: Iterable[Path]) -> list[Path]:
-    """Folders of variants without the repeats: base, then the teachers as the study lists them,
-    then strangers"""
-    listed = _listed(run)
-    chosen = [path for path in found if not _is_repeat(run, path.name)]
-    return sorted(
-        chosen,
-        key=lambda path: (
-            listed.index(path.name) if path.name in listed else len(listed),
-            path.name,
-        ),
-    )
-
-
-def _evals(run: RunFolder) -> pd.DataFrame:
-    "Graded answers of all students"
-    files = [
-        path
-        for folder in _in_order(run, run.path.glob("evals/*"))
-        for path in sorted(folder.glob("*.parquet"))
-    ]
-    tables = [
-        scored_table(path.parent, path.stem).assign(variant=path.parent.name, problem_set=path.stem)
-        for path in files
-    ]
-    return (
-        pd.concat(tables, ignore_index=True)[EVAL_COLUMNS]
-        if tables
-        else pd.DataFrame(columns=EVAL_COLUMNS)
-    )
-
-# %% ../../nbs/reading/frames.ipynb #efd6e4ff
-def _rationales(run: RunFolder) -> pd.DataFrame:
-    "Graded texts of all teachers"
-    files = [run.rationales(folder.name) for folder in _in_order(run, run.path.glob("teachers/*"))]
-    for path in filter(Path.exists, files):
-        check_output(path, "generate")
-    tables = [
-        read_parquet(path).assign(variant=path.parent.name) for path in files if path.exists()
-    ]
-    return (
-        pd.concat(tables, ignore_index=True)[RATIONALE_COLUMNS]
-        if tables
-        else pd.DataFrame(columns=RATIONALE_COLUMNS)
-    )
-
-# %% ../../nbs/reading/frames.ipynb #4378950d
-TRAINING_COLUMNS = "variant n_examples n_tokens n_target_tokens mean_nll train_wall_s".split()
-
-
-def _logs(run: RunFolder) -> dict[str, dict[str, Any]]:
-    "Training logs by student"
-    files = [
-        run.training_log(folder.name) for folder in _in_order(run, run.path.glob("students/*"))
-    ]
-    for path in filter(Path.exists, files):
-        check_output(path, "train")
-    return {path.parent.name: read_json(path) for path in files if path.exists()}
-
-
-def _training(run: RunFolder) -> pd.DataFrame:
-    "What each student was trained on, and how surprising it found that before training"
-    rows = [
-        {"variant": variant} | {key: log.get(key) for key in TRAINING_COLUMNS[1:]}
-        for variant, log in _logs(run).items()
-    ]
-    return pd.DataFrame(rows, columns=TRAINING_COLUMNS)
-
-
-TEACHER_COLUMNS = "variant provider usd_per_million_input usd_per_million_output".split()
-
-
-def _teachers(run: RunFolder) -> pd.DataFrame:
-    "Each teacher's provider and list price, as the study states them"
-    config = tomllib.loads(run.config_file.read_text("utf-8")) if run.config_file.exists() else {}
-    rows = [
-        {"variant": name} | {key: teacher.get(key) for key in TEACHER_COLUMNS[1:]}
-        for name, teacher in config.get("teachers", {}).items()
-    ]
-    return pd.DataFrame(rows, columns=TEACHER_COLUMNS)
-
-# %% ../../nbs/reading/frames.ipynb #1b36b214
-def _info(run: RunFolder) -> pd.DataFrame:
-    "Name, description, student, commit and hardware of a run"
-    config = (
-        tomllib.loads(run.config_file.read_text(encoding="utf-8"))
-        if run.config_file.exists()
-        else {}
-    )
-    stages = read_json(run.run_json).get("stages", {}) if run.run_json.exists() else {}
-    sources = [entry["provenance"] for entry in stages.values() if entry.get("provenance")]
-    commits = sorted(
-        {
-            str(source["commit"])[:10]
-            + (" with uncommitted changes" if source.get("dirty") else "")
-            for source in sources
-            if source.get("commit")
-        }
-    )
-    devices = sorted(
-        {
-            ", ".join(source["hardware"].get("gpus") or []) or source["hardware"]["cpu"]
-            for source in sources
-        }
-    )
-    row = {
-        "study": config.get("name"),
-        "description": config.get("description", ""),
-        "student": config.get("student", {}).get("model"),
-        "commit": "; ".join(commits),
-        "hardware": "; ".join(devices),
-    }
-    return pd.DataFrame([row] if config else [], columns=list(row))
+    tables = [table.assign(run=name) for name, run in runs.items() for table in read(run)]
+    if filled := [table for table in tables if len(table)]:
+        return pd.concat(filled, ignore_index=True)[["run", *columns]]
+    return pd.DataFrame(columns=["run", *columns])

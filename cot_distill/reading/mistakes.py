@@ -26,6 +26,8 @@ MISTAKES = (
     "no working",
     "other plan",
 )
+
+# %% ../../nbs/reading/mistakes.ipynb #5e9b5109
 WORDNUMBERS = {
     word: number
     for number, words in {

@@ -6,6 +6,7 @@
 __all__ = ['index_texts', 'withhold_quotes', 'freeze_run', 'freeze']
 
 # %% ../../nbs/web/freeze.ipynb #e98bce48
+import json
 import os
 import re
 import shutil
@@ -40,20 +41,15 @@ def _copy_data(
         table.to_parquet(copy, index=False, compression="zstd", compression_level=19)
     kept = [run.run_json, run.results_json, *run.path.glob("students/*/training_log.json")]
     for path in [p for p in kept if p.exists()]:
-        write_json(frozen.path / path.relative_to(run.path), _rounded(read_json(path)))
+        # at most eight significant digits: a loss needs no more
+        rounded = json.loads(
+            json.dumps(read_json(path)), parse_float=lambda n: float(f"{float(n):.8g}")
+        )
+        write_json(frozen.path / path.relative_to(run.path), rounded)
     main = verdict.headline(load_runs([frozen.path]).results)
     if len(main):
         drawing = figure_svg(figures.plot_accuracy, main, ground="#ffffff")
         (frozen.path / "accuracy.svg").write_text(drawing, encoding="utf-8")
-
-
-def _rounded(data: Any) -> Any:
-    "JSON values with at most eight significant digits: a loss needs no more"
-    if isinstance(data, dict):
-        return {key: _rounded(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_rounded(value) for value in data]
-    return float(f"{data:.8g}") if isinstance(data, float) else data
 
 # %% ../../nbs/web/freeze.ipynb #74a14353
 def index_texts(
@@ -122,17 +118,14 @@ def _copy_reports(run: RunFolder, frozen: RunFolder, texts: bool) -> int:
     "Copy the executed notebooks; the outputs taken out are counted"
     import nbformat
 
-    reports, n_withheld = sorted(run.reports_dir.glob("*.ipynb")), 0
-    if reports:
-        frozen.reports_dir.mkdir()
-    index = None if texts else index_texts(run)
-    for report in reports:
-        if index is None:
-            shutil.copy2(report, frozen.reports_dir / report.name)
-            continue
-        notebook = nbformat.read(report, as_version=4)
-        n_withheld += withhold_quotes(notebook, index)
-        nbformat.write(notebook, frozen.reports_dir / report.name)
+    n_withheld, index = 0, None if texts else index_texts(run)
+    for report in sorted(run.reports_dir.glob("*.ipynb")):
+        frozen.reports_dir.mkdir(exist_ok=True)
+        copy = shutil.copy2(report, frozen.reports_dir)
+        if index:
+            notebook = nbformat.read(report, as_version=4)
+            n_withheld += withhold_quotes(notebook, index)
+            nbformat.write(notebook, copy)
     return n_withheld
 
 # %% ../../nbs/web/freeze.ipynb #21b29804

@@ -34,42 +34,35 @@ def readable_html(
 
     soup = BeautifulSoup(html, "html.parser")
     for link in soup.find_all("a", href=lambda href: href and not href.startswith(("#", "http"))):
-        target = resolve(link["href"])
-        if target:
+        if target := resolve(link["href"]):
             link["href"] = target
         else:
             link.unwrap()
     for table in soup.find_all("table"):
-        if not table.find("td"):
+        if table.find("td"):
+            _for_readers(table)
+            table.wrap(soup.new_tag("div", attrs=FRAME))
+        else:
             table.replace_with(BeautifulSoup("<p><em>no rows</em></p>", "html.parser"))
-            continue
-        _one_heading_row(table)
-        _mark_words(table)
-        table.wrap(soup.new_tag("div", attrs=FRAME))
     return str(soup)
 
 
-def _mark_words(table: Any) -> None:
-    "Tell cells that hold sentences from those that hold numbers"
+def _for_readers(table: Any) -> None:
+    "Move the index's name, which pandas sets below the headings, into the corner; mark sentences"
+    rows = table.thead.find_all("tr") if table.thead else []
+    if len(rows) == 2 and not any(cell.get_text(strip=True) for cell in rows[1].find_all("th")[1:]):
+        rows[0].th.string = rows[1].th.get_text()
+        rows[1].decompose()
     wordy = [cell for cell in table.find_all("td") if len(cell.get_text()) > 40]
     for cell in wordy:
         cell["class"] = "words"
     if wordy:
         table["class"] = [*table.get("class", []), "wordy"]
-
-
-def _one_heading_row(table: Any) -> None:
-    "Move the index's name, which pandas sets below the headings, into the corner"
-    rows = table.thead.find_all("tr") if table.thead else []
-    if len(rows) == 2 and not any(cell.get_text(strip=True) for cell in rows[1].find_all("th")[1:]):
-        rows[0].th.string = rows[1].th.get_text()
-        rows[1].decompose()
-    for row in table.find_all("tr"):
-        for cell in row.find_all("th"):
-            if not cell.get_text(strip=True):
-                cell.name = "td"  # an empty heading heads nothing
-            else:
-                cell["scope"] = "col" if row.parent.name == "thead" else "row"
+    for cell in table.find_all("th"):
+        if cell.get_text(strip=True):
+            cell["scope"] = "col" if cell.parent.parent.name == "thead" else "row"
+        else:
+            cell.name = "td"  # an empty heading heads nothing
 
 # %% ../../nbs/web/pages.ipynb #7bdfd118
 def markdown_html(
@@ -195,22 +188,16 @@ def _names(source: str) -> str:
     return ", ".join(public or names) or ("imports" if "import" in source else "details")
 
 # %% ../../nbs/web/pages.ipynb #583145f9
-@cache
-def _highlighter() -> Callable[[str], str]:
-    "Python code as coloured HTML"
-    from nbconvert.filters import Highlight2HTML
-
-    return Highlight2HTML(pygments_lexer="python")
-
-
 def cell_html(
     cell: Cell,
     resolve: Resolve = lambda href: href,
 ) -> str:  # safe HTML
     "One cell of a report"
+    from nbconvert.filters import Highlight2HTML
+
     if cell.kind == "prose":
         return f'<section class="cell prose">{markdown_html(cell.source, resolve)}</section>'
-    code = _highlighter()(cell.source) if cell.source else ""
+    code = Highlight2HTML(pygments_lexer="python")(cell.source) if cell.source else ""
     if cell.kind == "library":
         label = f"<summary>{escape(cell.label)}</summary>"
         code = f'<details class="code">{label}{code}</details>'
@@ -256,7 +243,7 @@ def fragment(
 
     return Markup(visible(_templates().get_template(template).render(**facts)))
 
-
+# %% ../../nbs/web/pages.ipynb #e668e4c8
 @dataclass(frozen=True, slots=True)
 class Link:
     "One entry of a page's navigation"

@@ -87,18 +87,11 @@ def opening(
 
 
 def front_matter(
-    title: str,
-    description: str = "",
-    more: Mapping[str, Any] | None = None,  # other metadata
+    facts: Mapping[str, Any],  # `title` first; what is empty is left out
 ) -> str:  # YAML between its lines
     "What a page says about itself"
-    facts = {
-        "title": title,
-        **({"description": description} if description else {}),
-        **(more or {}),
-    }
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in facts.items()]
-    return "\n".join(["---", *lines, "---"])
+    told = {name: json.dumps(v, ensure_ascii=False) for name, v in facts.items() if v != ""}
+    return "\n".join(["---", *(f"{name}: {value}" for name, value in told.items()), "---"])
 
 
 def quarto_notebook(
@@ -111,24 +104,20 @@ def quarto_notebook(
 
     cells = read_cells(notebook, resolve)
     title, description, rest = opening(cells[0].source if cells else "")
-    facts = {"title": title or "Untitled", **(front or {})}
-    staged = [nbformat.v4.new_raw_cell(front_matter(facts.pop("title"), description, facts))]
+    facts = {"title": title or "Untitled", "description": description} | dict(front or {})
+    staged = [nbformat.v4.new_raw_cell(front_matter(facts))]
     for cell in [Cell("prose", rest), *cells[1:]]:
-        staged += _prose(cell, resolve) if cell.kind == "prose" else _code(cell)
+        if cell.kind != "prose":
+            staged += _code(cell)
+        elif cell.source.strip():  # three dashes would begin a second block of metadata
+            text = re.sub(r"\A---[ \t]*\n", "* * *\n\n", cell.source)
+            staged.append(nbformat.v4.new_markdown_cell(quarto_text(text, resolve)))
     for number, cell in enumerate(staged):
         cell.id = f"cell-{number}"
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     return nbformat.v4.new_notebook(cells=staged, metadata={"kernelspec": kernel})
 
 # %% ../../nbs/web/quarto.ipynb #15cf9e36
-def _prose(cell: Cell, resolve: Callable[[str], str]) -> list[Any]:
-    "A Markdown cell, unless there is nothing in it"
-    import nbformat
-
-    text = re.sub(r"\A---[ \t]*\n", "* * *\n\n", cell.source)  # a line, no second block of metadata
-    return [nbformat.v4.new_markdown_cell(quarto_text(text, resolve))] if text.strip() else []
-
-
 def _code(cell: Cell) -> list[Any]:
     "A code cell with its outputs as one raw block; the signatures of library code above it"
     import nbformat

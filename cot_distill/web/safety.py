@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['DECEIVING', 'TAGS', 'ATTRIBUTES', 'STYLES', 'HOME_PATHS', 'HOSTS', 'OTHER_KEYS', 'EXAMPLES', 'TEXT_ENDINGS',
-           'visible', 'safe_html', 'Finding', 'scan_text', 'refuse_to_publish']
+           'visible', 'safe_html', 'scan_text', 'refuse_to_publish']
 
 # %% ../../nbs/web/safety.ipynb #9d639d8d
 import os
 import re
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..asking.keys import KEY_SHAPES
@@ -90,60 +89,33 @@ OTHER_KEYS = re.compile(
 
 EXAMPLES = re.compile(r"lesson|example|dummy|0123456789|abcdefghij", re.IGNORECASE)
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    "Something that must not be published"
-
-    path: str
-    line: int  # 1-based
-    kind: str  # `key`, `home folder`, `host name` or `value of NAME`
-    shown: str  # its beginning
-
-
+# %% ../../nbs/web/safety.ipynb #e047b987
 def scan_text(
     text: str,
-    path: str = "",  # what to call its place
-) -> Iterator[Finding]:
-    "Everything in a text that must not be published, in reading order"
-    secrets = _secrets()
+) -> Iterator[tuple[int, str, str]]:  # line, from 1; what it is; its beginning
+    "Every key, home folder, host name and value of a secret variable in a text, in reading order"
     patterns = {
-        "key": (KEY_SHAPES, OTHER_KEYS),
-        "home folder": (HOME_PATHS, *_own(str(Path.home()))),
-        "host name": (HOSTS, *_own(socket.gethostname())),
+        "key": [KEY_SHAPES, OTHER_KEYS],
+        "home folder": [HOME_PATHS],
+        "host name": [HOSTS],
     }
-    for number, line in enumerate(text.splitlines(), start=1):
-        for kind, expressions in patterns.items():
-            for match in (found for one in expressions for found in one.finditer(line)):
-                if not EXAMPLES.search(match.group()):
-                    shown = _beginning(match.group(), 6 if kind == "key" else 40)
-                    yield Finding(path, number, kind, shown)
-        for name, value in secrets.items():
-            if value in line:
-                yield Finding(path, number, f"value of {name}", "…")
-
-
-def _beginning(text: str, width: int) -> str:
-    "At most so many characters"
-    return text if len(text) <= width else text[:width] + "…"
-
-
-def _own(name: str) -> tuple[re.Pattern, ...]:
-    "This machine's name or home folder, where it could be told from a word"
-    return (
-        (re.compile(rf"(?<!\w){re.escape(name)}\b"),)
-        if len(name) > 5 and name != "localhost"
-        else ()
-    )
-
-
-def _secrets() -> dict[str, str]:
-    "Values of environment variables that hold keys"
-    return {
+    for kind, own in {"home folder": str(Path.home()), "host name": socket.gethostname()}.items():
+        if len(own) > 5 and own != "localhost":  # it can be told from a word
+            patterns[kind].append(re.compile(rf"(?<!\w){re.escape(own)}\b"))
+    secrets = {
         name: value
         for name, value in os.environ.items()
         if re.search(r"(API_?KEY|TOKEN|SECRET|PASSWORD)$", name) and len(value) >= 8
     }
+    for number, line in enumerate(text.splitlines(), start=1):
+        for kind, expressions in patterns.items():
+            for match in (found for one in expressions for found in one.finditer(line)):
+                shown, width = match.group(), 6 if kind == "key" else 40
+                if not EXAMPLES.search(shown):
+                    yield number, kind, shown[:width] + ("…" if len(shown) > width else "")
+        for name, value in secrets.items():
+            if value in line:
+                yield number, f"value of {name}", "…"
 
 # %% ../../nbs/web/safety.ipynb #315a629c
 TEXT_ENDINGS = set(
@@ -156,22 +128,17 @@ def refuse_to_publish(
     root: Path = Path(),  # findings name files relative to it
 ) -> int:  # files read
     "Scan what is about to be published; raises `InputError` naming the first findings"
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if file.is_file()
-    ]
+    found = [file for path in paths for file in (sorted(path.rglob("*")) or [path])]
+    files = [file for file in found if file.is_file()]
     findings = [
-        finding
+        f"{os.path.relpath(file, root)}:{line}: {kind} ({shown})"
         for file in files
-        for finding in scan_text(_text_of(file), os.path.relpath(file, root))
+        for line, kind, shown in scan_text(_text_of(file))
     ]
     if findings:
-        told = "; ".join(f"{f.path}:{f.line}: {f.kind} ({f.shown})" for f in findings[:5])
         more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
         raise InputError(
-            f"nothing was published: {told}{more}; "
+            f"nothing was published: {'; '.join(findings[:5])}{more}; "
             "take them out where they come from, then run this again"
         )
     return len(files)

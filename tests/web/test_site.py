@@ -400,7 +400,7 @@ def test_the_filter_of_the_problems_page_works(run: RunFolder, tmp_path: Path) -
     ],
 )
 def test_leaks_are_found(text: str, kind: str, tmp_path: Path) -> None:
-    assert [finding.kind for finding in scan_text(f"fine\n{text}\n")][:1] == [kind]
+    assert [found for _, found, _ in scan_text(f"fine\n{text}\n")][:1] == [kind]
     (tmp_path / "report.json").write_text(f"fine\n{text}\n")
     with pytest.raises(InputError, match=r"report\.json:2") as caught:
         refuse_to_publish([tmp_path], tmp_path)
@@ -428,7 +428,7 @@ def test_innocent_text_passes(text: str) -> None:
 
 def test_a_key_in_the_environment_is_found_by_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "quite-ordinary-words")
-    assert [f.kind for f in scan_text("sent quite-ordinary-words along")] == [
+    assert [kind for _, kind, _ in scan_text("sent quite-ordinary-words along")] == [
         "value of SOME_API_KEY"
     ]
 
