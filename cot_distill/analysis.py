@@ -10,7 +10,6 @@ __all__ = ['FORM', 'rule_table', 'ranking_table', 'with_features', 'teacher_tabl
 # %% ../nbs/04_analysis.ipynb #902e38c8
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from .core.stats import holm
@@ -85,17 +84,9 @@ def teacher_table(
             "commonest opening": openings.index[0],
             "opens so": percent(openings.iloc[0] / len(group)),
         }
-    surprise = (
-        training.set_index("variant")["mean_nll"].dropna().astype(float).round(3)
-        if len(training)
-        else pd.Series(dtype=float)
-    )
+    surprise = training.set_index("variant")["mean_nll"].dropna().astype(float).round(3)
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return (
-        table.assign(surprise=surprise.reindex(table.index)).dropna(axis="columns", how="all")
-        if rows
-        else table
-    )
+    return table.assign(surprise=surprise.reindex(table.index)).dropna(axis="columns", how="all")
 
 # %% ../nbs/04_analysis.ipynb #745228cb
 def teacher_sentences(
@@ -107,23 +98,16 @@ def teacher_sentences(
     groups = texts.groupby("variant", sort=False)
     words, right = (
         groups["n_words"].median(),
-        groups["is_correct"].apply(lambda column: column.astype(bool).mean()),
+        texts["is_correct"].astype(bool).groupby(texts["variant"], sort=False).mean(),
     )
-    parts = (
-        [
-            (
-                f"The longest texts come from {words.idxmax()} (median {words.max():.0f} "
-                f"words), the shortest from {words.idxmin()} ({words.min():.0f})."
-            )
-        ]
-        if len(words) > 1
-        else []
-    )
-    parts.append(
-        "Right before any filter: "
-        + ", ".join(f"{name} {percent(share)}" for name, share in right.items())
-        + "."
-    )
+    shares = ", ".join(f"{name} {percent(share)}" for name, share in right.items())
+    parts = [f"Right before any filter: {shares}."]
+    if len(words) > 1:
+        parts.insert(
+            0,
+            f"The longest texts come from {words.idxmax()} (median {words.max():.0f} "
+            f"words), the shortest from {words.idxmin()} ({words.min():.0f}).",
+        )
     dropped = texts[~texts["kept"].astype(bool)]
     reasons = dropped.groupby(["variant", "drop_reason"], sort=False).size()
     told = ", ".join(
@@ -143,21 +127,13 @@ def gains_beside_texts(
     "Gain of each student beside properties of its teacher's texts"
     if texts.empty or results.empty:
         return pd.DataFrame()
+    texts = texts.assign(right=100.0 * texts["is_correct"].astype(bool), words=texts["n_words"])
     groups = texts.groupby("variant", sort=False)
-    properties = pd.DataFrame(
-        {
-            "words": groups["n_words"].median(),
-            "right": groups["is_correct"].apply(lambda column: 100 * column.astype(bool).mean()),
-        }
-    )
-    properties["surprise"] = (
-        training.drop_duplicates("variant").set_index("variant")["mean_nll"].astype(float)
-        if len(training)
-        else np.nan
-    )
-    gains = results[results["delta"].notna()].set_index("variant")[
-        ["n", "delta", "delta_low", "delta_high"]
-    ]
+    properties = pd.DataFrame({"words": groups["words"].median(), "right": groups["right"].mean()})
+    surprise = training.drop_duplicates("variant").set_index("variant")["mean_nll"]
+    properties["surprise"] = surprise.astype(float)
+    told = ["n", "delta", "delta_low", "delta_high"]
+    gains = results[results["delta"].notna()].set_index("variant")[told]
     return gains.join(properties, how="inner").rename_axis("variant").reset_index()
 
 # %% ../nbs/04_analysis.ipynb #95dcbc65
@@ -223,36 +199,26 @@ def mistake_sentences(
     if trained.empty or trained.shape[1] == 0:
         return []
     parts = [
-        (
-            f"**{name}**: {row.idxmax()}, {row.max():.0f} % of all problems "
-            f"({100 * row.max() / row.sum():.0f} % of its mistakes)."
-        )
+        f"**{name}**: {row.idxmax()}, {row.max():.0f} % of all problems "
+        f"({100 * row.max() / row.sum():.0f} % of its mistakes)."
         for name, row in trained.iterrows()
         if row.sum()
     ]
-    return (
-        ["The commonest thing left to learn, by student:", *parts]
-        if parts
-        else ["No mistakes are left."]
-    )
+    first = "The commonest thing left to learn, by student:" if parts else "No mistakes are left."
+    return [first, *parts]
 
 # %% ../nbs/04_analysis.ipynb #e9b1282e
 def over_runs(
     runs: Runs,
 ) -> pd.DataFrame:  # a row a run and trained student, p corrected over all; empty with one run only
     "Headline results of several runs, with what tells the runs apart"
-    rows = (
-        runs.results[runs.results["is_headline"].astype(bool) & runs.results["delta"].notna()]
-        if len(runs.results)
-        else runs.results
-    )
+    results, examples = runs.results, runs.training[["run", "variant", "n_examples"]]
+    rows = results[results["is_headline"].astype(bool) & results["delta"].notna()]
     if rows["run"].nunique() < 2:
         return rows.iloc[:0].assign(recipe="", size="", n_examples=0.0)
-    rows = rows.merge(runs.info[["run", "recipe", "size"]], on="run", how="left").fillna(
-        {"recipe": "", "size": ""}
-    )
-    rows = rows.merge(
-        runs.training[["run", "variant", "n_examples"]], on=["run", "variant"], how="left"
+    rows = rows.merge(runs.info[["run", "recipe", "size"]], on="run", how="left")
+    rows = rows.fillna({"recipe": "", "size": ""}).merge(
+        examples, on=["run", "variant"], how="left"
     )
     corrected = holm({str(i): p for i, p in rows["p"].astype(float).items()})
     setting = [
@@ -297,10 +263,8 @@ def run_sentences(
         )
     ]
     for variant, group in rows.groupby("variant", sort=False):
-        worst, best = (
-            group.loc[group["delta"].astype(float).idxmin()],
-            group.loc[group["delta"].astype(float).idxmax()],
-        )
+        delta = group["delta"].astype(float)
+        worst, best = group.loc[delta.idxmin()], group.loc[delta.idxmax()]
         if len(group) > 1:
             parts.append(
                 f"**{variant}**: from {100 * worst['delta']:+.1f} points in {worst['run']} to "
@@ -373,12 +337,5 @@ def one_problem(
     "All that was written about the first problem that will do"
     ids = [p for p in texts["problem_id"].unique() if chosen.get(p, False)] if len(texts) else []
     rows = texts[texts["problem_id"] == ids[0]] if ids else texts.iloc[:0]
-    columns = [
-        "variant",
-        "question",
-        "completion",
-        "final_answer",
-        "reference_answer",
-        "is_correct",
-    ]
-    return rows[columns].set_index("variant")
+    told = "variant question completion final_answer reference_answer is_correct".split()
+    return rows[told].set_index("variant")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['headline', 'results_table', 'gain_sentences', 'student_sentence', 'first_set', 'pairwise', 'ranking',
-           'ranking_sentences', 'teacher_prices', 'cost_table', 'dollars', 'points_a_dollar', 'cost_sentences']
+           'ranking_sentences', 'teacher_prices', 'cost_table', 'dollars', 'points_a_dollar', 'budget_sentences',
+           'cost_sentences']
 
 # %% ../../nbs/reading/verdict.ipynb #186c0aab
 import math
@@ -21,8 +22,8 @@ def headline(
     results: pd.DataFrame,  # `Runs.results`
 ) -> pd.DataFrame:  # rows of the first run's first problem set
     "The rows that the study is about"
-    rows = results[results["is_headline"].astype(bool)] if len(results) else results
-    return rows[rows["run"] == rows["run"].iloc[0]] if len(rows) else rows
+    rows = results[results["is_headline"].astype(bool)]
+    return rows[rows["run"].isin(rows["run"].head(1))]
 
 
 def results_table(
@@ -111,12 +112,8 @@ def first_set(
 ) -> pd.DataFrame:  # the answers of the first run to its headline problem set
     "The answers that the study is about"
     main = headline(results)
-    if evals.empty or main.empty:
-        return evals.iloc[:0]
-    return evals[
-        (evals["run"] == main["run"].iloc[0])
-        & (evals["problem_set"] == main["problem_set"].iloc[0])
-    ]
+    is_set = evals["problem_set"].isin(main["problem_set"].head(1))
+    return evals[evals["run"].isin(main["run"].head(1)) & is_set]
 
 
 def pairwise(
@@ -203,7 +200,8 @@ def _price(runs: Runs, teacher: dict) -> tuple[float, str]:
     )
     if (dollars := pd.to_numeric(paid["teacher_cost_usd"]).max()) > 0:
         return float(dollars), "paid"
-    asked, written = (teacher[f"usd_per_million_{side}"] or 0.0 for side in ("input", "output"))
+    stated = [teacher[f"usd_per_million_{side}"] for side in ("input", "output")]
+    asked, written = (0.0 if pd.isna(usd) else usd for usd in stated)
     if not asked + written:
         return math.nan, "no price is stated"
     if len(texts) and texts["completion_tokens"].notna().all():
@@ -255,6 +253,21 @@ def points_a_dollar(
     return "{:+.3g} [{:+.3g}, {:+.3g}]".format(*each)
 
 # %% ../../nbs/reading/verdict.ipynb #958f169d
+def budget_sentences(
+    costs: pd.DataFrame,  # from `cost_table`
+) -> list[str]:  # none unless two teachers have a price
+    "What the same money buys: at the price of each teacher, the best student to be had for it"
+    priced = costs[costs["usd"] > 0].sort_values(["usd", "delta"])
+    if len(priced) < 2:
+        return []
+    parts = ["The best student to be had for the same money, among teachers with a price:"]
+    for usd in priced["usd"].unique():
+        best = priced.loc[priced["delta"].where(priced["usd"] <= usd).idxmax()]
+        gain = percent(best["delta"], best["delta_low"], best["delta_high"], signed=True)
+        parts.append(f"**up to {dollars(usd)}**: that of {best['variant']}, {gain} points.")
+    return parts
+
+
 def cost_sentences(
     costs: pd.DataFrame,  # from `cost_table`
     hardware: str = "",  # what the minutes were spent on

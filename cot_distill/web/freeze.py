@@ -21,7 +21,8 @@ from ..core.files import read_json, read_parquet, write_json
 from ..core.runs import RunFolder
 from ..reading import figures, verdict
 from ..reading.frames import load_runs
-from .run_pages import figure_svg, found_reports, is_stopped
+from .pages import figure_svg
+from .run_pages import found_reports, is_stopped
 from .safety import refuse_to_publish
 
 # %% ../../nbs/web/freeze.ipynb #662ff4eb
