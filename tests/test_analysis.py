@@ -292,7 +292,7 @@ def test_a_ranking_is_corrected_for_the_number_of_pairs() -> None:
     pairs = verdict.pairwise(pd.concat(frames))
     assert [(r.first, r.second) for r in pairs.itertuples()] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert (pairs["p_holm"] >= pairs["p"] - 1e-15).all() and pairs["p_holm"].max() <= 1
-    assert "c over a" in " ".join(verdict.ranking_sentences(pairs))
+    assert "better than c." in " ".join(verdict.ranking_sentences(pairs))
 
 
 def test_teachers_that_no_test_tells_apart_share_a_rank(made: Runs) -> None:

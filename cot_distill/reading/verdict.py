@@ -166,7 +166,8 @@ def ranking_sentences(
     discordance = float(((pairs["only first"] + pairs["only second"]) / n).median())
     detectable = minimum_detectable_difference(n, discordance) if discordance else None
     ordered = [(p.first, p.second)[:: 1 if p.delta > 0 else -1] for p in real.itertuples()]
-    names = "; ".join(f"{better} over {worse}" for better, worse in ordered)
+    beaten = {worse for _, worse in ordered}
+    best = [name for name in pd.unique(pairs[["first", "second"]].stack()) if name not in beaten]
     count = f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'}"
     differ = f"{len(real) or 'none'} {'differ' if len(real) > 1 else 'differs'}"
     needed = (
@@ -174,10 +175,10 @@ def ranking_sentences(
         if detectable
         else "even the largest possible difference would often be missed"
     )
-    tie = "" if len(real) else " This is a tie, not a ranking."
+    unbeaten = f"No teacher is shown to be better than {' or '.join(best)}."
+    standing = unbeaten if len(real) else "This is a tie, not a ranking."
     return [
-        f"Of {count} of teachers, {differ} at the 5 % level after correction"
-        f"{': ' + names if names else ''}.{tie}",
+        f"Of {count} of teachers, {differ} at the 5 % level after correction. {standing}",
         f"Two students typically disagree on {100 * discordance:.0f} % of the {n:,} problems; "
         f"with so many, {needed}.",
     ]
