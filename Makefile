@@ -23,6 +23,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled modules are kept: a kernel that compiles torch and transformers anew starts ten seconds later.
+unexport PYTHONDONTWRITEBYTECODE
 # What `pip install` does, by uv where it is to be had; it reads pip's variables for mirrors and local wheels too.
 UV := $(BIN)/python -m uv pip install --quiet --refresh-package cot-distill --python $(BIN)/python \
     $(if $(PIP_INDEX_URL),--default-index $(PIP_INDEX_URL)) $(addprefix --find-links ,$(PIP_FIND_LINKS))

@@ -318,16 +318,16 @@ def check_size(
     study: StudyConfig,
 ) -> list[Finding]:
     "Whether the study is large enough to teach and to tell"
+    from cot_distill.core.config import warn_of_few_steps
     from cot_distill.core.problems import study_problems
     from cot_distill.core.stats import minimum_detectable_difference
-    from cot_distill.student.packing import steps_of, warn_of_few_steps
 
     try:
         n = len(study_problems(study)) * study.generate.n_samples
         n_test = len(study_problems(study, study.eval_sets[0]))
     except InputError:  # said already
         return []
-    steps = f"{steps_of(min(n, study.train.max_examples or n), study.train)} steps at most"
+    steps = f"{study.train.steps_of(n)} steps at most"
     few = warn_of_few_steps(n, study.train).removeprefix("warning: ")
     least = minimum_detectable_difference(n_test, 0.2)
     shows = f"{least:.0%} of accuracy" if least else "no difference at all"

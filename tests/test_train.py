@@ -20,7 +20,13 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from cot_distill.cli import app
-from cot_distill.core.config import EvalSetConfig, StudentConfig, TrainConfig, parse_study
+from cot_distill.core.config import (
+    EvalSetConfig,
+    StudentConfig,
+    TrainConfig,
+    parse_study,
+    warn_of_few_steps,
+)
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import fault_of, read_json, seal
 from cot_distill.core.inputs import student_of
@@ -34,10 +40,8 @@ from cot_distill.student.packing import (
     packing_for,
     pad,
     passes_of,
-    steps_of,
     token_losses,
     training_order,
-    warn_of_few_steps,
 )
 from cot_distill.student.sizes import (
     check_machine,
@@ -197,7 +201,7 @@ def test_order_is_the_problems_not_the_lists():
     cfg = TrainConfig(batch_size=4, gradient_accumulation=4, epochs=1.5)
     steps = training_order(examples, cfg, seed=1)
     assert [len(s) for s in steps] == [16, 16, 8, 16, 4]
-    assert steps_of(40, cfg) == 5 and "5 optimiser steps" in warn_of_few_steps(40, cfg)
+    assert cfg.steps_of(40) == 5 and "5 optimiser steps" in warn_of_few_steps(40, cfg)
     assert "2 optimiser steps" in warn_of_few_steps(40, cfg.model_copy(update={"max_examples": 7}))
     assert warn_of_few_steps(320, cfg) == ""
     assert sorted(i for s in steps[:3] for i in s) == list(range(40))
@@ -210,7 +214,7 @@ def test_order_is_the_problems_not_the_lists():
     ]
     assert training_order(examples, cfg, seed=2) != steps
     for n in range(1, 9):
-        assert steps_of(n, cfg) == len(training_order(examples[:n], cfg, seed=1))
+        assert cfg.steps_of(n) == len(training_order(examples[:n], cfg, seed=1))
         parts = passes_of(list(range(n)), 4)
         assert (
             len(parts) == 4

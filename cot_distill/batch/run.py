@@ -44,11 +44,10 @@ from cot_distill.batch.view import (
     plan_report,
     running_line,
 )
-from ..core.config import load_study
+from ..core.config import load_study, warn_of_few_steps
 from ..core.errors import InputError, handle_signals
 from ..core.files import atomic_path, locked, read_json, read_parquet, write_json
 from ..core.runs import RunFolder, chapter_path, open_run, study_in
-from ..student.packing import warn_of_few_steps
 
 # %% ../../nbs/batch/run.ipynb #e3047d8f
 @dataclass

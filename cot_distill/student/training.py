@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import StudentConfig, StudyConfig, TrainConfig
+from ..core.config import StudentConfig, StudyConfig, TrainConfig, warn_of_few_steps
 from ..core.errors import Interrupted, handle_signals
 from ..core.files import fingerprint, write_json
 from ..core.inputs import finish_stage, student_of
@@ -25,7 +25,6 @@ from cot_distill.student.packing import (
     Example,
     token_losses,
     training_order,
-    warn_of_few_steps,
 )
 from cot_distill.student.sizes import (
     PeakMemory,
