@@ -19,7 +19,7 @@ from .core.inputs import begin_stage, stage_inputs, student_of
 from .core.runs import RunFolder, open_chapter
 from .student import training
 from .student.lora import merge_adapter
-from .student.model import completion_ids, load_tokenizer, prompt_ids
+from .student.model import completion_ids, free_memory, load_tokenizer, prompt_ids
 from .student.packing import Example
 from .student.trainer import training_arguments
 
@@ -111,6 +111,7 @@ def run_train(
             if args.should_save:
                 training.keep_student(study, variant, run, model, log)
             del model
+            free_memory()
         if cfg.merge and args.should_save and fault_of(folder / "merged"):
             merge_student(study, variant, run)
     return log

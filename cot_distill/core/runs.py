@@ -205,11 +205,10 @@ def provenance() -> dict[str, Any]:  # commit, dirtiness, versions, hardware
     "Where a result comes from"
     root = project_root()
     status = output_of("git", "status", "--porcelain", "--untracked-files=no", folder=root)
-    commit = output_of("git", "rev-parse", "HEAD", folder=root)
+    told = os.environ.get("COT_DISTILL_COMMIT")  # to a copy without its own repository
     return {
         "cot_distill": version_of("cot-distill"),
-        # a copy without its repository is told
-        "commit": commit or os.environ.get("COT_DISTILL_COMMIT"),
+        "commit": told or output_of("git", "rev-parse", "HEAD", folder=root),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -7,15 +7,13 @@ __all__ = ['ROWS_A_CORE', 'ROWS_A_GPU', 'MEMORY_SHARE', 'Completion', 'completio
            'bytes_a_slot', 'decode', 'TransformersEngine', 'VllmEngine', 'open_engine', 'close_engine']
 
 # %% ../../nbs/student/engines.ipynb #afa0f010
-import ctypes
-import gc
 import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +26,8 @@ from ..core.inputs import adapter_fingerprint, student_of
 from .lora import load_adapter, use_adapter
 from cot_distill.student.model import (
     device_of,
+    free_memory,
+    is_out_of_memory,
     load_student,
     load_tokenizer,
     stop_ids,
@@ -215,20 +215,38 @@ def decode(
         lay_out(model)
     stop = stop_ids(model, tokenizer) if stop is None else stop
     choice = Choice(frozenset(stop), temperature, top_p, exact)
-    requests = [
-        Request(i, list(p), n) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))
-    ]
-    for request in requests if temperature > 0 else []:
-        own = [seed, request.index] if isinstance(seed, int) else [seed[request.index]]
-        request.rng = np.random.default_rng(own)
-    requests.sort(key=lambda r: len(r.prompt), reverse=True)
-    if not requests:
-        return
+
+    def request(i: int) -> Request:
+        own = [seed, i] if isinstance(seed, int) else [seed[i]]
+        rng = np.random.default_rng(own) if temperature > 0 else None
+        return Request(i, list(prompts[i]), limits[i], rng)
+
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with attend_by_slots(model):
-        for request in run_workers(model, requests, choice, slots, tally or DecodeTally()):
-            yield request.index, completion_of(request.tokens, choice.stop, tokenizer)
+        while waiting:
+            requests, left = [request(i) for i in waiting], set(waiting)
+            try:
+                for ended in run_workers(model, requests, choice, slots, tally or DecodeTally()):
+                    left.remove(ended.index)
+                    yield ended.index, completion_of(ended.tokens, choice.stop, tokenizer)
+            except (RuntimeError, MemoryError) as err:
+                slots = _fewer_slots(slots, err)
+            waiting = [i for i in waiting if i in left]
 
 # %% ../../nbs/student/engines.ipynb #032872db
+def _fewer_slots(slots: int, err: BaseException) -> int:
+    "Half as many, when memory ran out; raises `err` when it was not that"
+    if not is_out_of_memory(err):
+        raise err
+    if slots == 1:
+        raise InputError(
+            f"memory ran out with one answer at a time ({str(err).splitlines()[0][:100]}); "
+            "set a smaller eval.max_new_tokens"
+        ) from None
+    print(f"memory ran out: {slots // 2} answers side by side from here on", file=sys.stderr)
+    return slots // 2
+
+
 def _check_prompts(
     model: Any, prompts: Sequence[list[int]], limits: Sequence[int], slots: int
 ) -> None:
@@ -383,8 +401,4 @@ def open_engine(
 def close_engine() -> None:
     "Drop the engine used last and give its memory back, before a training that needs it"
     _engine.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # glibc keeps freed pages until it is asked
-        ctypes.CDLL(None).malloc_trim(0)
+    free_memory()

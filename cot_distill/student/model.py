@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['cache_dir', 'quiet', 'convert_gguf', 'student_source', 'end_of_turn_id', 'load_tokenizer', 'prompt_ids', 'plain_ids',
-           'completion_ids', 'stop_ids', 'device_of', 'load_student', 'base_name']
+           'completion_ids', 'stop_ids', 'device_of', 'load_student', 'base_name', 'is_out_of_memory', 'free_memory']
 
 # %% ../../nbs/student/model.ipynb #765ad7b8
+import ctypes
+import gc
 import io
 import logging
 import os
@@ -15,7 +17,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -311,3 +313,21 @@ def base_name(
 ) -> str:  # a hub id, else the name of the file or folder, never its path
     "What adapters call the student they belong to: a name that PEFT can resolve where there is one"
     return HUB_NAMES.get(cfg.model) or (Path(cfg.model).name if is_path(cfg.model) else cfg.model)
+
+# %% ../../nbs/student/model.ipynb #5e0c1a71
+def is_out_of_memory(
+    err: BaseException,
+) -> bool:
+    "Whether a computation failed for want of memory, the GPU's or the machine's"
+    return isinstance(err, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(err)
+    )
+
+
+def free_memory() -> None:
+    "Give back what nothing uses any more"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc keeps freed pages until it is asked
+        ctypes.CDLL(None).malloc_trim(0)

@@ -23,7 +23,7 @@ from ..core.files import SEAL, fault_of, seal
 from ..core.inputs import dtype_of
 from ..core.showing import Progress
 from .lora import whole_or_gone
-from .model import device_of
+from .model import device_of, is_out_of_memory
 from cot_distill.student.packing import (
     Batch,
     Example,
@@ -280,8 +280,7 @@ def halve_passes(
     """Make passes of half as many examples; raises `err` when memory was not it, `InputError` when
     they cannot be smaller"""
     step, size = trainer.state.global_step + 1, max(map(len, trainer.train_dataset))
-    out_of_memory = isinstance(err, torch.OutOfMemoryError | MemoryError)
-    if not out_of_memory and "can't allocate memory" not in str(err):
+    if not is_out_of_memory(err):
         raise err
     if size == 1 or trainer.accelerator.num_processes > 1:
         raise InputError(

@@ -335,3 +335,42 @@ def test_pretrained_student_side_by_side_is_alone() -> None:
         expected = generate_alone(student, prompts[i], 16, stop)
         assert completions[i].token_ids == expected
         assert completions[i].text == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_are_the_same_when_memory_runs_out_on_the_way(
+    model: Any,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    prompts, read = random_prompts(14, seed=3), SlotModel.read_tokens
+    how = {"max_new_tokens": 12, "temperature": temperature, "stop": STOP}
+    expected = dict(decode(model, Numbers(), prompts, slots=8, **how))
+    n_calls = iter(range(10**6))
+
+    def read_in_little_memory(self: SlotModel, requests: list[Any]) -> torch.Tensor:
+        if len(requests) > 1 and next(n_calls) > 5:  # the first answers have ended by then
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, requests)
+
+    monkeypatch.setattr(SlotModel, "read_tokens", read_in_little_memory)
+    found = list(decode(model, Numbers(), prompts, slots=8, **how))
+    assert len(found) == 14
+    assert dict(found) == expected
+    assert "2 answers side by side from here on" in capsys.readouterr().err
+
+
+def test_no_memory_for_one_answer_is_a_sentence_and_other_errors_stay_errors(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(self: SlotModel, requests: list[Any]) -> torch.Tensor:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(SlotModel, "read_tokens", fail)
+    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+    with pytest.raises(InputError, match="one answer at a time.*eval.max_new_tokens"):
+        list(decode(model, Numbers(), random_prompts(3), 12, slots=2, stop=set()))
+    said = "shapes do not match"
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(decode(model, Numbers(), random_prompts(3), 12, slots=2, stop=set()))
