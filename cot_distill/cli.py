@@ -155,7 +155,9 @@ def _run_batch(
     for run in [run for run in batch.runs if run.results_json.exists()]:
         page = run.html_dir / "index.html"
         out.print()
-        out.print(results_table(read_json(run.results_json)))
+        results = read_json(run.results_json)
+        for block in (results, *results.get("other_problem_sets", [])):
+            out.print(results_table(results | block))
         out.print(f"\n{page if page.exists() else run.path}", soft_wrap=True)
     raise typer.Exit(code)
 

@@ -158,6 +158,7 @@ def ranking(
 # %% ../../nbs/reading/verdict.ipynb #7d4cef30
 def ranking_sentences(
     pairs: pd.DataFrame,  # from `pairwise`
+    kind: str = "teacher",  # what is compared
 ) -> list[str]:  # none with fewer than two trained students
     "Which pairs differ, and how large a difference this test could have found"
     if pairs.empty:
@@ -175,11 +176,11 @@ def ranking_sentences(
         if detectable
         else "even the largest possible difference would often be missed"
     )
-    unbeaten = f"No teacher is shown to be better than {' or '.join(best)}."
+    unbeaten = f"No {kind} is shown to be better than {' or '.join(best)}."
     standing = unbeaten if len(real) else "This is a tie, not a ranking."
     return [
-        f"Of {count} of teachers, {differ} at the 5 % level after correction. {standing}",
-        f"Two students typically disagree on {100 * discordance:.0f} % of the {n:,} problems; "
+        f"Of {count} of {kind}s, {differ} at the 5 % level after correction. {standing}",
+        f"Two of them typically disagree on {100 * discordance:.0f} % of the {n:,} problems; "
         f"with so many, {needed}.",
     ]
 
