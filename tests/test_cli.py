@@ -86,7 +86,7 @@ def test_every_option_has_help_and_an_example() -> None:
 
 def test_shells_can_complete_commands_and_options() -> None:
     words = {"_COT_DISTILL_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
-    assert call(**words, COMP_WORDS="cot-distill d").stdout.split() == ["doctor", "diff"]
+    assert call(**words, COMP_WORDS="cot-distill d").stdout.split() == ["doctor", "compare", "diff"]
     assert (
         "--dry-run" in call(**words | {"COMP_CWORD": "2"}, COMP_WORDS="cot-distill run --d").stdout
     )
