@@ -189,7 +189,7 @@ def compare(
         list[str],
         "Two or more: a run and a student, such as runs/demo:human; a log of lm-eval "
         "(samples_*.jsonl) or of inspect (.eval); or a table of questions and graded answers.",
-        "A B...",
+        "SOURCE...",
     ),
     rule: option(
         str,
@@ -198,7 +198,7 @@ def compare(
         "the verdicts of each",
     ) = "",
     examples: option(
-        int, "Show so many of the problems that tell a pair apart.", "N", True, min=0
+        int, "Show so many problems that tell a pair apart, such as 5.", "N", True, min=0
     ) = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -206,7 +206,7 @@ def compare(
 
     Example: [bold]cot-distill compare runs/demo:template samples_pens.jsonl pens.eval[/]
 
-    Example: [bold]cot-distill compare runs/demo:base runs/demo:template --rule final_answer[/]
+    Example: [bold]cot-distill compare runs/demo:base runs/demo:template --rule final_answer --json[/]
     """
     from cot_distill.reading.compare import compare_answers
 

@@ -13,7 +13,9 @@ from places import ROOT
 from stand_ins import make_project, names, orders
 
 COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
-COMMANDS = "run generate train eval analyze quote doctor site diff merge freeze init".split()
+COMMANDS = (
+    "run generate train eval analyze quote doctor site diff merge freeze init compare".split()
+)
 
 
 def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -86,7 +88,7 @@ def test_every_option_has_help_and_an_example() -> None:
 
 def test_shells_can_complete_commands_and_options() -> None:
     words = {"_COT_DISTILL_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
-    assert call(**words, COMP_WORDS="cot-distill d").stdout.split() == ["doctor", "compare", "diff"]
+    assert call(**words, COMP_WORDS="cot-distill d").stdout.split() == ["doctor", "diff"]
     assert (
         "--dry-run" in call(**words | {"COMP_CWORD": "2"}, COMP_WORDS="cot-distill run --d").stdout
     )
