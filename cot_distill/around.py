@@ -206,7 +206,7 @@ def compare(
 
     Example: [bold]cot-distill compare runs/demo:template samples_pens.jsonl pens.eval[/]
 
-    Example: [bold]cot-distill compare runs/demo:base samples_pens.jsonl --rule final_answer --json[/]
+    Example: [bold]cot-distill compare runs/demo:base pens.jsonl --rule final_answer --json[/]
     """
     from cot_distill.reading.compare import compare_answers
 
