@@ -14,7 +14,7 @@ from stand_ins import make_project, names, orders
 
 COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
 COMMANDS = (
-    "run generate train eval analyze quote doctor site diff merge freeze init compare".split()
+    "run generate train eval analyze quote doctor site diff merge freeze init compare try".split()
 )
 
 

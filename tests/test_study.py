@@ -1,6 +1,7 @@
 """One study as a whole: the same inputs give the same numbers, and every number says where it comes
 from"""
 
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from places import ROOT
+from rich.console import Console
 from tiny_student import make_student
 
 from cot_distill.batch.other_runs import compare_runs, compare_sources
@@ -25,6 +27,7 @@ from cot_distill.core.runs import RunFolder, open_run
 from cot_distill.eval import run_eval
 from cot_distill.generate import run_generate
 from cot_distill.reading.results import write_results
+from cot_distill.student.live import answer_side_by_side, open_students
 from cot_distill.train import run_train
 from cot_distill.web.freeze import freeze
 
@@ -135,6 +138,27 @@ def test_what_differs_is_told_the_largest_first(
     assert "3 of" in found[0].what
     assert call_cli("diff", first.path, other.path) == 1
     assert capsys.readouterr().out.startswith("human on two-step")
+
+
+def test_students_answer_a_person_as_they_answered_the_evaluation(
+    first: RunFolder, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = {name: read_parquet(first.eval_file(name, "two-step")) for name in ("base", *TEACHERS)}
+    asked = scored["base"].iloc[0]
+    drawn = Console(file=io.StringIO(), width=200)
+    spoken = answer_side_by_side(open_students(first), asked.question, "0", drawn)
+    assert {name: one.text for name, one in spoken.items()} == {
+        name: table.completion[0] for name, table in scored.items()
+    }
+    assert list(spoken) == ["base", *TEACHERS]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{asked.question}\n{asked.reference_answer}\n\n"))
+    assert call_cli("try", first.path, "--students", "base,human") == 0
+    out = capsys.readouterr().out
+    assert (
+        "human" in out and "recorded" not in out and out.count("question (nothing ends this)") == 2
+    )
+    assert call_cli("try", first.path, "What?", "--students", "nobody") == 2
+    assert "it has base, human, recorded" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Path) -> None:

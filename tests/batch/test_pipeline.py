@@ -561,8 +561,13 @@ def test_places_are_shared_out() -> None:
 
 def test_many_cores_are_shared_out_as_far_as_memory_allows() -> None:
     trains = [job_of("train", teacher, "compute") for teacher in "abc"]
-    places = Places(gpus=[], n_cores=32, n_jobs=99, memory_gb=20, job_gb=9)
+    places = Places(gpus=[], n_cores=32, n_jobs=99, memory_gb=40)
     assert [(places.take(job) or {}).get("OMP_NUM_THREADS") for job in trains] == ["16", "16", None]
+    small = Places(gpus=[], n_cores=2, n_jobs=99, memory_gb=24, billions=0.135)
+    assert [small.take(trains[i], n)["OMP_NUM_THREADS"] for i, n in enumerate((2, 1))] == [
+        "1",
+        "2",
+    ], "the last one to compute has nobody to share with"
     alone = Places(gpus=[], n_cores=32, n_jobs=1, memory_gb=999)
     assert alone.take(trains[0])["OMP_NUM_THREADS"] == "32", (
         "who wants one job at a time gives it all cores"
