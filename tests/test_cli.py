@@ -14,8 +14,8 @@ from stand_ins import make_project, names, orders
 
 COMMAND = [str(Path(sys.executable).parent / "cot-distill")]
 COMMANDS = (
-    "run generate train eval analyze quote doctor site diff merge freeze init compare try".split()
-)
+    "run generate train eval analyze init quote doctor diff compare try merge freeze publish site"
+).split()
 
 
 def call(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

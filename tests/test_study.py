@@ -11,11 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import psutil
 import pytest
+from huggingface_hub import ModelCard
+from loopback_hub import open_hub
+from peft import PeftModel
 from places import ROOT
 from rich.console import Console
 from tiny_student import make_student
+from transformers import AutoModelForCausalLM
 
 from cot_distill.batch.other_runs import compare_runs, compare_sources
 from cot_distill.batch.plan import find_done, plan_jobs
@@ -159,6 +164,52 @@ def test_students_answer_a_person_as_they_answered_the_evaluation(
     )
     assert call_cli("try", first.path, "What?", "--students", "nobody") == 2
     assert "it has base, human, recorded" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_is_published_is_loaded_by_name_and_says_what_it_scored(
+    first: RunFolder, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, allow = tmp_path / "out", ("--allow", "human,recorded")
+    assert call_cli("publish", first.path, "--to", out) == 2
+    assert "--allow human,recorded" in capsys.readouterr().err and not out.exists()
+    assert call_cli("publish", first.path, "--to", out, *allow) == 0
+    rows = datasets.load_dataset(
+        str(out / "dataset"), "recorded", split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert rows["completion"] == read_parquet(first.rationales("recorded"))["completion"].tolist()
+    card = ModelCard.load(out / "students" / "human" / "README.md")
+    scored = {v["variant"]: v for v in read_json(first.results_json)["variants"]}
+    assert [one.metric_value for one in card.data.eval_results] == [scored["human"]["accuracy"]]
+    assert "n = 4" in card.text and str(student.parent) not in card.content
+    base = AutoModelForCausalLM.from_pretrained(student, dtype="float32")
+    PeftModel.from_pretrained(base, out / "students" / "human")
+
+
+def test_a_hub_is_given_what_a_folder_would_hold(first: RunFolder, tmp_path: Path) -> None:
+    server = open_hub()
+    command = [Path(sys.executable).with_name("cot-distill"), "publish", first.path]
+    command += ["--allow", "human,recorded"]
+    there = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | there
+    told = subprocess.run([*command, "--to", "hub:me/pens"], env=environment, capture_output=True)
+    assert told.returncode == 2 and b"HF_TOKEN is not set" in told.stderr and not server.kept
+    environment["HF_TOKEN"] = "example-token-of-a-lesson"
+    for to in ("hub:me/pens", tmp_path / "out"):
+        subprocess.run([*command, "--to", to], env=environment, check=True, capture_output=True)
+    server.shutdown()
+    server.server_close()
+    refused = subprocess.run(
+        [*command, "--to", "hub:me/pens"], env=environment, capture_output=True
+    )
+    assert refused.returncode == 2 and b"me/pens could not be uploaded" in refused.stderr
+    assert server.tokens == {"Bearer example-token-of-a-lesson"}
+    places = {"datasets/me/pens": "dataset", "me/pens-human": "students/human"}
+    places["me/pens-recorded"] = "students/recorded"
+    assert set(server.kept) == set(places)
+    for repo, place in places.items():
+        here = tmp_path / "out" / place
+        files = {str(p.relative_to(here)): p.read_bytes() for p in here.rglob("*") if p.is_file()}
+        assert server.kept[repo] == files
 
 
 def test_another_seed_is_found_out(student: Path, first: RunFolder, tmp_path: Path) -> None:

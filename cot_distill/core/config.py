@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pace', 'Content', 'FEW_STEPS', 'FILE_ENDINGS', 'SHIPPED', 'Part', 'kind_of', 'ProblemsConfig', 'EvalSetConfig',
            'StudentConfig', 'TeacherConfig', 'GenerateConfig', 'TrainConfig', 'warn_of_few_steps', 'EvalConfig',
-           'RootedPart', 'Variant', 'StudyConfig', 'is_path', 'parse_study', 'read_toml', 'overlay', 'move_paths',
-           'path_from', 'load_study', 'override_settings', 'with_limit', 'to_toml']
+           'RootedPart', 'Variant', 'StudyConfig', 'is_path', 'public_name', 'parse_study', 'read_toml', 'overlay',
+           'move_paths', 'path_from', 'load_study', 'override_settings', 'with_limit', 'to_toml']
 
 # %% ../../nbs/core/config.ipynb #71966ba8
 import contextlib
@@ -307,6 +307,13 @@ def is_path(
     if text.startswith("package:"):  # ships with us: cot_distill/recorded/
         return False
     return text.startswith((".", "/", "~")) or text.lower().endswith(FILE_ENDINGS)
+
+
+def public_name(
+    text: str,  # value of `source`, `model` or `path` in a study
+) -> str:
+    "What others may know it by: of a file or folder the last name alone, never its path"
+    return Path(text).name if is_path(text) else text
 
 
 def _nearest(word: str, known: Mapping | list) -> str:

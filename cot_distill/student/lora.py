@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..core.config import StudentConfig, StudyConfig, TrainConfig, is_path
+from ..core.config import StudentConfig, StudyConfig, TrainConfig, public_name
 from ..core.errors import InputError
 from ..core.files import seal, write_json
 from ..core.inputs import gguf_file, student_of
@@ -181,7 +181,7 @@ def card_text(
     teacher_id, seed = study.variant(variant)
     source, learned = study.teacher(teacher_id), log["n_target_tokens"]
     trained, total = log["trainable_parameters"], log["total_parameters"]
-    name = base_name(student) if is_path(student.model) else student.model
+    name = public_name(student.model)
     weights = student.quantization if student.quantization != "none" else student.dtype
     return f"""---
 base_model: {base_name(student)}
@@ -200,7 +200,7 @@ learned, not that answers are right: see the evaluation of the same run.
 | student | {name}{f" at {student.revision}" if student.revision else ""}, {weights} |
 | teacher | {teacher_id} ({source.model or source.provider}) |
 | licence or terms of its texts | {source.license} |
-| problems | {study.problems.source}, split {study.problems.split} |
+| problems | {public_name(study.problems.source)}, split {study.problems.split} |
 | examples | {log["n_examples"]} ({log["n_tokens"]:,} tokens, {learned:,} with a loss) |
 | data fingerprint | {log["data_fingerprint"]} |
 | adapter | LoRA r = {cfg.lora_r}, alpha = {cfg.lora_alpha:g}, dropout {cfg.lora_dropout:g}, \

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..core.config import StudentConfig, is_path
+from ..core.config import StudentConfig, is_path, public_name
 from ..core.errors import InputError
 from ..core.files import SEAL, seal, sha256_of
 from ..core.inputs import HUB_NAMES, dtype_of, gguf_file
@@ -312,7 +312,7 @@ def base_name(
     cfg: StudentConfig,
 ) -> str:  # a hub id, else the name of the file or folder, never its path
     "What adapters call the student they belong to: a name that PEFT can resolve where there is one"
-    return HUB_NAMES.get(cfg.model) or (Path(cfg.model).name if is_path(cfg.model) else cfg.model)
+    return HUB_NAMES.get(cfg.model) or public_name(cfg.model)
 
 # %% ../../nbs/student/model.ipynb #5e0c1a71
 def is_out_of_memory(
