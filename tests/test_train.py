@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 import torch
 from tiny_student import make_student, make_study, write_rationales
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
 
 from cot_distill.cli import app
@@ -726,6 +727,12 @@ def test_merging_can_be_asked_for_later_and_is_done_once(start):
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert "## Merged" in (folder / "README.md").read_text()
     assert read_json(folder / "parity.json")["same_token_frac"] == 1.0
+    served = (folder / "Modelfile").read_text()
+    template = served.split('"""')[1].replace("{{ .Prompt }}", "What is 3 * 11?")
+    tokenizer = load_tokenizer(study.student)
+    asked_of_it = prompt_ids(tokenizer, "What is 3 * 11?", study.student)
+    assert template == tokenizer.decode(asked_of_it), "it is asked as it was taught and scored"
+    assert f'PARAMETER stop "{tokenizer.decode([end_of_turn_id(tokenizer)])}"' in served
     run_train(asked, "human", run)
     assert (folder / "model.safetensors").stat().st_mtime_ns == made
     (folder / "model.safetensors").write_bytes(b"half")
@@ -859,3 +866,27 @@ def test_the_card_of_a_student_from_a_file_names_the_file_and_no_path(start, tmp
     moved = parse_study(settings, tmp_path / "here" / "deeper")
     card = card_text(moved, "human", log)
     assert 'gguf_file="student.gguf"' in card and "data/" not in card
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_the_first_step(start):
+    study, run = start(report_to=["tensorboard", "nobody"])
+    with pytest.raises(InputError, match=r"train\.report_to names .*nobody"):
+        run_train(study, "human", run)
+    assert not run.training_log("human").exists()
+
+
+def test_a_tracker_is_told_of_every_step_under_the_run_s_name(start, monkeypatch):
+    told = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **rest):
+            told.append((args.run_name, "loss" in logs))
+
+    monkeypatch.setattr(
+        "cot_distill.student.trainer.get_available_reporting_integrations", lambda: ["ours"]
+    )
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "ours", Tracker)
+    study, run = start(report_to=["ours"])
+    log = run_train(study, "human", run)
+    name = f"{run.path.name} human, seed {study.seed}"
+    assert told.count((name, True)) == len(log["steps"]) > 0

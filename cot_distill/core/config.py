@@ -156,6 +156,7 @@ class TrainConfig(Part):
     checkpoint_every: int = Pace(50, ge=1)  # optimiser steps
     checkpoints_kept: int = Pace(2, ge=1)
     merge: bool = Pace(False)  # also write merged 16-bit weights
+    report_to: tuple[str, ...] = Pace(())  # trackers that transformers knows, such as "tensorboard"
 
     def steps_of(
         self,

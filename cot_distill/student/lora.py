@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_lora', 'load_adapter', 'use_adapter', 'whole_or_gone', 'new_folder', 'write_adapter', 'loading_lines',
-           'card_text', 'target_log_probs', 'distance', 'merge_adapter']
+           'card_text', 'target_log_probs', 'distance', 'modelfile', 'merge_adapter']
 
 # %% ../../nbs/student/lora.ipynb #a02521e7
 import os
@@ -19,7 +19,14 @@ from ..core.config import StudentConfig, StudyConfig, TrainConfig, public_name
 from ..core.errors import InputError
 from ..core.files import seal, write_json
 from ..core.inputs import gguf_file, student_of
-from .model import base_name, device_of, load_student, quiet
+from cot_distill.student.model import (
+    base_name,
+    device_of,
+    load_student,
+    prompt_ids,
+    quiet,
+    stop_ids,
+)
 from .packing import Example
 
 # %% ../../nbs/student/lora.ipynb #b6ce0bf5
@@ -252,6 +259,17 @@ def distance(
         "same_token_frac": (expected.argmax(-1) == got.argmax(-1)).float().mean().item(),
     }
 
+# %% ../../nbs/student/lora.ipynb #a2c4e681
+def modelfile(
+    tokenizer: PreTrainedTokenizerBase,
+    student: StudentConfig,  # prompt template and system prompt
+    stop: set[int],  # tokens that end an answer
+) -> str:
+    "What `ollama create` reads, to stand beside merged weights: prompt, stops, greedy decoding"
+    template = tokenizer.decode(prompt_ids(tokenizer, "{{ .Prompt }}", student))
+    ends = "".join(f'PARAMETER stop "{tokenizer.decode([i])}"\n' for i in sorted(stop))
+    return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER temperature 0\n{ends}'
+
 # %% ../../nbs/student/lora.ipynb #6af85a6a
 def merge_adapter(
     student: StudentConfig,  # `model` ready to open
@@ -274,6 +292,8 @@ def merge_adapter(
         merged.save_pretrained(part)
         tokenizer.save_pretrained(part)
         write_json(part / "parity.json", parity)
+        served = modelfile(tokenizer, student, stop_ids(merged, tokenizer))
+        (part / "Modelfile").write_text(served, encoding="utf-8")
         card = (adapter / "README.md").read_text(encoding="utf-8")
         (part / "README.md").write_text(_merged_card(card, parity), encoding="utf-8")
     if student.quantization == "nf4":

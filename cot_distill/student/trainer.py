@@ -40,6 +40,7 @@ from cot_distill.student.packing import (
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 # %% ../../nbs/student/trainer.ipynb #cef9b74d
 def checkpoints_in(
@@ -236,7 +237,8 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=cfg.checkpoint_every,
-        report_to="none",
+        report_to=_known_trackers(cfg) or "none",
+        run_name=f"{folder.parents[1].name} {folder.name}, seed {seed}",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -245,6 +247,17 @@ def training_arguments(
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs work through torchrun, one process each; never DataParallel
     return args
+
+
+def _known_trackers(cfg: TrainConfig) -> list[str]:
+    "The trackers of the study; raises `InputError` for one that cannot be had here"
+    here = get_available_reporting_integrations()
+    if unknown := [name for name in cfg.report_to if name not in here]:
+        raise InputError(
+            f"train.report_to names {', '.join(unknown)}, which transformers does not know or does "
+            f"not find installed; it finds {', '.join(here) or 'none'}"
+        )
+    return list(cfg.report_to)
 
 # %% ../../nbs/student/trainer.ipynb #b5ced875
 def make_trainer(
