@@ -38,7 +38,13 @@ def cells(path: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+LONG = [ROOT / "nbs/after.ipynb"]  # a dozen commands, each a program that starts
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG), id=name(p)) for p in NOTEBOOKS],
+)
 def test_runs_top_to_bottom(path: Path, capfd: pytest.CaptureFixture) -> None:
     "What `nbdev_test` does, notebook by notebook"
     here, found, variables = os.getcwd(), list(sys.path), dict(os.environ)

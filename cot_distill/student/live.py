@@ -133,7 +133,9 @@ def answer_side_by_side(
 ) -> dict[str, Completion]:  # by student
     "The same question to every student, one after the other, a column each"
     columns = {name: Text() for name in students.adapters}
-    table = Table(*columns, expand=True)
+    table = Table(expand=True)
+    for name in columns:
+        table.add_column(name, ratio=1)
     table.add_row(*columns.values())
     completions = {}
     with Live(table, console=console, vertical_overflow="visible"):
@@ -142,5 +144,6 @@ def answer_side_by_side(
                 students, name, question, lambda new, into=column: into.append(printable(new))
             )
             rule = students.study.eval.rule
+            column.rstrip()
             column.append_text(verdict_on(completions[name], reference_answer, rule))
     return completions
