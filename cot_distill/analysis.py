@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORM', 'rule_table', 'ranking_table', 'with_features', 'teacher_table', 'teacher_sentences', 'gains_beside_texts',
            'with_texts', 'style_table', 'collapse_sentences', 'mistake_sentences', 'over_runs', 'runs_table',
-           'run_sentences', 'sizes', 'size_sentences', 'other_sets', 'brittle_sentences', 'one_problem']
+           'run_sentences', 'sizes', 'size_sentences', 'other_sets', 'brittle_sentences', 'prompt_table', 'one_problem']
 
 # %% ../nbs/04_analysis.ipynb #902e38c8
 from typing import Any
@@ -328,6 +328,27 @@ def brittle_sentences(
         ),
         f"Lost: {names}." if names else "Nothing is shown to have been forgotten.",
     ]
+
+# %% ../nbs/04_analysis.ipynb #b7d20f3a
+def prompt_table(
+    results: pd.DataFrame,  # rows of one problem set
+    rule: str = "final_answer",
+) -> pd.DataFrame:  # a row a prompt and one for their spread, a column a student; text
+    "How far each student's accuracy moves with the prompt; empty where only one was asked so"
+    gates = results.get("gate", pd.Series(dtype=object)).map(lambda gate: isinstance(gate, dict))
+    rows = results[gates.to_numpy()] if len(gates) else results.iloc[:0]
+    shares = pd.DataFrame(
+        {
+            row.variant: {name: by[rule] for name, by in row.gate.items()}
+            for row in rows.itertuples()
+        }
+    )
+    if shares.shape[1] < 2:
+        return pd.DataFrame()
+    spread = 100 * (shares.max() - shares.min())
+    table = shares.map(percent).rename_axis(f"prompt (n = {rows['n'].iloc[0]})")
+    table.loc["best minus worst, points"] = spread.map("{:.1f}".format)
+    return table
 
 # %% ../nbs/04_analysis.ipynb #b633c75c
 def one_problem(

@@ -60,11 +60,11 @@ class Task:
 def eval_tasks(
     study: StudyConfig,
     eval_set: EvalSetConfig,
-    variant: str,  # only `base` is asked under several prompts
+    variant: str,  # `base`, a teacher's id or a repeat
 ) -> list[Task]:  # prompt by prompt, problem by problem
     "Every completion that one evaluation needs"
     templates = {"study": study.student.prompt_template}
-    if variant == "base":
+    if variant == "base" or study.eval.prompts_for == "all":
         templates |= study.eval.base_prompts
     problems, samples = study_problems(study, eval_set), range(study.eval.n_samples)
     return [
@@ -251,7 +251,8 @@ def _evaluate(
         answers = answer_rows(tasks, kept_answers(journal)[0])
     tokenizer = load_tokenizer(student_of(study))
     prompts = [tokenizer.decode(ids) for ids in task_prompts(study, tasks, tokenizer)]
-    facts = write_answers(folder, name, answers, prompts, study.eval) | counts
+    is_base = variant == "base"
+    facts = write_answers(folder, name, answers, prompts, study.eval, is_base) | counts
     made = [folder / place / f"{name}.parquet" for place in ("", "gate", "samples")]
     finish_stage(folder, name, [path for path in made if path.exists()], **facts)
     journal.path.unlink(missing_ok=True)

@@ -22,16 +22,17 @@ from peft import LoraConfig, get_peft_model
 from tiny_student import make_student, make_study
 
 from cot_distill import eval as evaluation
+from cot_distill.analysis import prompt_table
 from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import Journal, read_json, read_parquet
-from cot_distill.core.inputs import stage_state, student_of
+from cot_distill.core.inputs import stage_inputs, stage_state, student_of
 from cot_distill.core.machine import version_of
 from cot_distill.core.runs import RunFolder
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.eval import DECODERS, eval_tasks, journal_row, run_eval, task_prompts
 from cot_distill.grading import final_answer
-from cot_distill.reading.frames import load_runs
+from cot_distill.reading.frames import load_runs, result_rows
 from cot_distill.reading.results import write_results
 from cot_distill.reading.verdict import results_table
 from cot_distill.student.engines import Completion, TransformersEngine, close_engine, open_engine
@@ -279,6 +280,7 @@ def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scri
 KILLED = """
 import sys, time
 from cot_distill import eval as evaluation
+from cot_distill.analysis import prompt_table
 from cot_distill.student import engines as decoding
 from cot_distill.core.config import load_study
 from cot_distill.core.runs import RunFolder
@@ -495,6 +497,30 @@ def test_what_cannot_be_scored(
 ) -> None:
     with pytest.raises(InputError, match=message):
         run_eval(study_of(folder, **settings), variant, run)
+
+
+def test_students_too_can_be_asked_under_every_prompt(
+    folder: Path, run: RunFolder, scripted: Any
+) -> None:
+    asked = {"base_prompts": {"boxed": "{question} Box it."}}
+    study = study_of(folder, **asked, prompts_for="all")
+    right = [f"#### {answer}" for answer in references(study)]
+    give_adapter(run, study)
+    scripted(study, base=["no"] * 4 + right, human=[*right[:2], "no", "no", *right])
+    for variant in ("base", "human"):
+        facts = run_eval(study, variant, run)["two-step"]
+    assert (facts["prompt"], facts["n_correct"]) == ("study", 2), "the words it was taught with"
+    rows = pd.DataFrame(result_rows(write_results(study, run)))
+    assert prompt_table(rows).to_dict() == {
+        "base": {"study": "0.0 %", "boxed": "100.0 %", "best minus worst, points": "100.0"},
+        "human": {"study": "50.0 %", "boxed": "100.0 %", "best minus worst, points": "50.0"},
+    }
+    assert prompt_table(rows.head(1)).empty
+    inputs = [
+        stage_inputs(study_of(folder, **changes), "eval", "human", run, study.eval_sets[0])
+        for changes in ({}, asked, asked | {"prompts_for": "all"})
+    ]
+    assert inputs[0] == inputs[1] != inputs[2], "a gate for base alone changes no student"
 
 
 def test_the_best_asked_base_is_the_baseline(folder: Path, run: RunFolder, scripted: Any) -> None:

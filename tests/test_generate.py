@@ -19,7 +19,7 @@ import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
-from cot_distill.asking.cards import pace_of
+from cot_distill.asking.cards import pace_of, tell_solved
 from cot_distill.asking.ledger import Ledger, read_attempts
 from cot_distill.asking.pace import Pacer
 from cot_distill.core.config import TeacherConfig, parse_study
@@ -335,6 +335,36 @@ def test_samples_of_one_problem(tmp_path):
         True,
     ]
     assert summary.drop_reasons == {"near_duplicate": 1}
+
+
+def test_samples_are_asked_for_until_one_is_right(tmp_path):
+    """Of three problems one is solved at once, one at the third try, one never; an interrupted run
+    goes on where it was, and asks nobody again"""
+    problems = load_problems("two-step", limit=3)
+    needed = dict(zip([p.question for p in problems], (1, 3, 9), strict=True))
+    right = {p.question: p.reference_answer for p in problems}
+    sent = Counter()
+
+    def answer(request, n):
+        asked = request.body["messages"][-1]["content"].split("\n")[0]
+        sent[asked] += 1
+        said = right[asked] if sent[asked] >= needed[asked] else "-1"
+        return Reply(body=completion(text=f"#### {said}"))
+
+    how = {"n_samples": 4, "temperature": 0.7, "until_right": 1}
+    with FaultyServer(answer) as server:
+        with pytest.raises(ResumeLater):
+            run_generate(
+                make_study(server.url, n=3, max_requests=5, **how), "t", RunFolder(tmp_path)
+            )
+        assert sum(sent.values()) == 5
+        summary = run_generate(make_study(server.url, n=3, **how), "t", RunFolder(tmp_path))
+    assert list(sent.values()) == [1, 3, 4] and summary.n == 8
+    table = pd.read_parquet(RunFolder(tmp_path).rationales("t"))
+    assert table.groupby("problem_id", sort=False)["is_correct"].sum().tolist() == [1, 1, 0]
+    assert tell_solved(table, n_samples=4) == (
+        "2 of 3 problems have a right answer; none: two-step-train-00002; 4 questions spared"
+    )
 
 
 def test_the_same_answer_is_not_paid_for_twice(tmp_path):

@@ -121,6 +121,7 @@ class GenerateConfig(Part):
     )
     system_prompt: str | None = None
     n_samples: int = Field(1, ge=1)  # completions a problem
+    until_right: int | None = Field(None, ge=1)  # enough right ones: no more samples are asked for
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1)  # completion cap of the first try
@@ -199,6 +200,7 @@ class EvalConfig(Part):
     top_p: float = Field(1.0, gt=0, le=1)
     rule: str = "final_answer"  # name of the grading rule
     base_prompts: dict[str, str] = {}  # baseline gate: name -> prompt template
+    prompts_for: Literal["base", "all"] = "base"  # who is asked under these prompts as well
     n_bootstrap: int = Pace(10_000, ge=100)
     n_shots: int = Field(0, ge=0)  # worked examples before the question, from the training problems
 

@@ -303,7 +303,9 @@ def _generate_inputs(
     study: StudyConfig, teacher_id: str, run: "RunFolder", known: Mapping[str, Any], _: Any
 ) -> dict[str, Any]:
     "Problems, whom they are put to, and how"
-    cfg, part = study.teacher(teacher_id), study.problems
+    cfg, part, how = study.teacher(teacher_id), study.problems, settings_of(study.generate)
+    if how["until_right"] is None:  # what finished before there was this setting stays finished
+        how.pop("until_right")
     return {
         "problems": _problems(study, part, known.get("problems", {})),
         "teacher": settings_of(cfg) | {"model": _model_of(study, cfg)},
@@ -313,7 +315,7 @@ def _generate_inputs(
             known,
             lambda: recording_hash(study, cfg) if cfg.path else None,
         ),
-        "generate": settings_of(study.generate),
+        "generate": how,
         "seed": study.seed,
     }
 
@@ -358,8 +360,9 @@ def _eval_inputs(
 ) -> dict[str, Any]:
     "Adapter, student, questions and how they are asked"
     cfg, path, adapter, shots = settings_of(study.eval), run.adapter(variant), None, None
-    if variant != "base":  # the gate is the untrained student's alone
+    if cfg.pop("prompts_for") == "base" and variant != "base":  # the gate is not for it
         cfg.pop("base_prompts")
+    if variant != "base":
         adapter = _unless_gone(path, "adapter", known, lambda: adapter_fingerprint(path))
     if cfg["n_shots"]:
         shots = _problems(study, study.problems, known.get("shots") or {}, cfg["n_shots"])

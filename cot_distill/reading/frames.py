@@ -27,7 +27,7 @@ from .scores import checked, scored_table
 RESULT_COLUMNS = (
     "study problem_set is_headline variant n n_correct accuracy low high n_truncated n_no_answer "
     "delta delta_low delta_high p p_holm is_paired over_seeds final_train_loss train_wall_s "
-    "eval_wall_s teacher_cost_usd accuracy_by_rule"
+    "eval_wall_s teacher_cost_usd accuracy_by_rule gate"
 ).split()
 
 
@@ -73,7 +73,7 @@ def _flat(variant: Mapping[str, Any], n_asked: int) -> dict[str, Any]:
 # %% ../../nbs/reading/frames.ipynb #124e00c3
 SIZE = "problems.limit"
 NO_SETTINGS = re.compile(
-    r"name$|description$|teachers\.|eval_sets\.|repeats$|.*\b(?:path|source|slots|max_usd|base_prompts)\b"
+    r"name$|description$|teachers\.|eval_sets\.|repeats$|.*\b(?:path|source|slots|max_usd|base_prompts|prompts_for)\b"
 )
 
 

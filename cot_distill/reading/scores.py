@@ -171,11 +171,12 @@ def write_answers(
     answers: Sequence[Mapping[str, Any]],  # as `graded_table` takes, with `prompt`, `sample_idx`
     prompts: Sequence[str],  # what the student read for each
     cfg: EvalConfig,
+    is_gated: bool = True,  # the best prompt makes the headline table, else the study's own
 ) -> dict[str, Any]:  # what the marker and `results.json` are to know
-    "Grade and write all answers; the first sample under the best prompt makes the headline table"
+    "Grade and write all answers; the first sample under one prompt makes the headline table"
     table = graded_table(answers, cfg.rule)
     _write_samples(folder / f"{name}.samples.jsonl", table, prompts, cfg)
-    prompt = best_prompt(table)
+    prompt = best_prompt(table) if is_gated else "study"
     chosen, first = table[table["prompt"] == prompt], table[table["sample_idx"] == 0]
     rows = chosen[chosen["sample_idx"] == 0].drop(columns=["prompt", "sample_idx"])
     spread = prompt_spread(first)
