@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .asking.cards import GenerateSummary, write_card
 from .asking.ledger import Ledger, read_attempts
 from .asking.loop import ask_missing
-from .asking.replies import Answer, Question
+from .asking.replies import Answer
 from .asking.screening import eval_index, screen
 from .core.config import StudyConfig
 from .core.files import write_parquet
@@ -105,10 +105,10 @@ def rationale_table(
 
 # %% ../nbs/01_generate.ipynb #58c3a7f2
 def question_rounds(
-    questions: Sequence[tuple[str, Question]],  # from `study_questions`
+    questions: Sequence[tuple[str, Any]],  # from `study_questions`
     until_right: int | None,  # right answers that are enough; None: ask everything
     ledger: Ledger,  # filled between two rounds
-) -> Iterator[list[tuple[str, Question]]]:
+) -> Iterator[list[tuple[str, Any]]]:
     "What to ask at a time: everything, or a sample of each problem that still lacks right answers"
     if until_right is None:
         yield list(questions)

@@ -19,7 +19,7 @@ import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
-from cot_distill.asking.cards import pace_of, tell_solved
+from cot_distill.asking.cards import pace_of
 from cot_distill.asking.ledger import Ledger, read_attempts
 from cot_distill.asking.pace import Pacer
 from cot_distill.core.config import TeacherConfig, parse_study
@@ -362,7 +362,7 @@ def test_samples_are_asked_for_until_one_is_right(tmp_path):
     assert list(sent.values()) == [1, 3, 4] and summary.n == 8
     table = pd.read_parquet(RunFolder(tmp_path).rationales("t"))
     assert table.groupby("problem_id", sort=False)["is_correct"].sum().tolist() == [1, 1, 0]
-    assert tell_solved(table, n_samples=4) == (
+    assert summary.solved(table, n_samples=4) == (
         "2 of 3 problems have a right answer; none: two-step-train-00002; 4 questions spared"
     )
 
