@@ -49,7 +49,7 @@ demo: $(MADE)
 	$(BIN)/cot-distill run configs/demo.toml
 
 test: $(MADE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(MADE_SLOW)
 	$(BIN)/python -m pytest -m slow

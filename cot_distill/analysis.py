@@ -51,7 +51,8 @@ def ranking_table(
         }
         for row in ranked.itertuples()
     ]
-    return pd.DataFrame(rows).set_index("teacher") if rows else pd.DataFrame()
+    table = pd.DataFrame(rows).set_index("teacher") if rows else pd.DataFrame()
+    return table.loc[:, table.ne("").any()]
 
 # %% ../nbs/04_analysis.ipynb #05546d05
 def with_features(

@@ -28,6 +28,8 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "JUPYTER_PLATFORM_DIRS": "1",
 }  # what the tests start inherits it
+if n_workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # side by side: share cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n_workers)))
 
 
 @pytest.fixture(autouse=True)
