@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.config import StudyConfig, load_study, public_name
 from ..core.errors import InputError
-from ..core.files import read_json, read_parquet
+from ..core.files import SEAL, read_json, read_parquet
 from ..core.runs import RunFolder
 from ..reading.words import percent
 from .safety import refuse_to_publish
@@ -171,7 +171,9 @@ def _copy_students(
     results = read_json(run.results_json)
     for variant, trained in study.variants().items():
         if trained.teacher in teachers and run.adapter(variant).is_dir():
-            card = shutil.copytree(run.adapter(variant), folder / variant) / "README.md"
+            unsealed = shutil.ignore_patterns(SEAL)  # the card says more than the sealed one
+            copy = shutil.copytree(run.adapter(variant), folder / variant, ignore=unsealed)
+            card = copy / "README.md"
             told = card.read_text(encoding="utf-8")
             told = scored_card(told, f"{study.name}-{variant}", results, variant)
             card.write_text(told, encoding="utf-8")
