@@ -201,6 +201,7 @@ def compare(
     examples: option(
         int, "Show so many problems that tell a pair apart, such as 5.", "N", True, min=0
     ) = 2,
+    html: option(Path | None, "Write a page as well, such as pens.html.", "FILE") = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare anybody's answers to the same problems, pair by pair.
@@ -212,6 +213,10 @@ def compare(
     from cot_distill.reading.compare import compare_answers
 
     found = compare_answers(sources, rule)
+    if html:
+        from cot_distill.web.run_pages import comparison_html
+
+        html.write_text(comparison_html(found, examples), encoding="utf-8")
     if as_json:
         scores = found.scores().reset_index().to_dict("records")
         print_json({"models": scores, "pairs": found.pairs.to_dict("records")})

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STAGE_TITLES', 'PROBLEMS_SHOWN', 'INTERVALS', 'found_reports', 'is_stopped', 'report_title', 'report_beside',
            'report_links', 'report_html', 'problem_facts', 'problems_html', 'reports_table', 'stage_facts', 'run_facts',
-           'findings', 'results_html', 'accuracies', 'index_html', 'figures_html', 'render_reports', 'analyze_together']
+           'findings', 'results_html', 'accuracies', 'index_html', 'figures_html', 'render_reports', 'analyze_together',
+           'comparison_html']
 
 # %% ../../nbs/web/run_pages.ipynb #1fb172db
 import json
@@ -24,9 +25,11 @@ from ..core.runs import RunFolder, project_root, recorded_stages
 from ..core.showing import teacher_color
 from ..grading import explain, is_letter
 from ..reading import figures, verdict
+from ..reading.compare import Comparison
 from ..reading.frames import Runs, load_runs
 from ..reading.mistakes import MISTAKES, outcome_shares, with_outcomes
-from ..reading.words import percent
+from ..reading.verdict import ranking_sentences
+from ..reading.words import p_text, percent
 from cot_distill.web.pages import (
     Link,
     figure_html,
@@ -381,3 +384,28 @@ def analyze_together(
         html = report_html(report, f"Analysis of {len(run_dirs)} runs")
         part.write_text(html, encoding="utf-8")
     return page_file
+
+# %% ../../nbs/web/run_pages.ipynb #c8e15b07
+def comparison_html(
+    found: Comparison,
+    n_examples: int = 2,  # problems shown of each pair
+) -> str:  # a page, readable without anything else
+    "Accuracies, differences, and problems on which two models differ"
+    scores, pairs = found.scores(), found.pairs
+    accuracy = [percent(row.accuracy, row.low, row.high) for row in scores.itertuples()]
+    gains = [percent(r.delta, r.low, r.high, signed=True) for r in pairs.itertuples()]
+    table = pairs[["first", "second", "only first", "only second"]].set_index("first")
+    table = table.assign(
+        **{"difference, points": gains, "p (Holm)": pairs["p_holm"].map(p_text).to_list()}
+    )
+    caption = f"{len(found.questions)} problems in common, matched by their questions"
+    told = markdown_html(" ".join(ranking_sentences(pairs, "model")))
+    parts = [f'<h1>Comparison</h1><div class="prose">{told}</div>']
+    parts += [table_html(scores[["answered", "right"]].assign(accuracy=accuracy), caption)]
+    parts += [table_html(table, "First minus second, paired; p exact McNemar, corrected by Holm")]
+    for pair in pairs.itertuples():
+        apart = found.disagreements(pair.first, pair.second).head(n_examples)
+        for question, row in apart.iterrows():
+            said = row[[pair.first, pair.second, "reference"]].astype(str)
+            parts.append(table_html(said.to_frame(f"{row['right']} is right"), str(question)))
+    return page("Comparison", "".join(parts))
