@@ -320,8 +320,21 @@ def test_a_price_of_a_point_has_the_interval_of_the_gain(made: Runs) -> None:
     assert "**human**: no price is stated" in text
     open_end = verdict.cost_table(main.assign(delta_low=-0.01), known.assign(basis="list price"))
     assert "without an upper end" in " ".join(verdict.cost_sentences(open_end))
-    ax = figures.plot_price(open_end[open_end["usd"] > 0])
-    assert [label.get_text() for label in ax.get_yticklabels()]
+    ax = figures.plot_price(verdict.with_price(open_end))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["recorded"]
+
+
+def test_a_paid_teacher_that_did_harm_has_no_price_and_stands_in_no_figure_of_prices(
+    made: Runs,
+) -> None:
+    gains = {"delta": [0.05, -0.3], "delta_low": [0.02, -0.4], "delta_high": [0.08, -0.2]}
+    main = verdict.headline(made.results).tail(2).assign(**gains)
+    known = pd.DataFrame({"variant": main["variant"], "usd": 0.4, "basis": "list price"})
+    costs = verdict.cost_table(main, known)
+    priced = verdict.with_price(costs)
+    assert list(priced["variant"]) == [main["variant"].iloc[0]]
+    assert len(figures.plot_price(priced).get_yticklabels()) == 1
+    assert f"**{main['variant'].iloc[1]}**" in " ".join(verdict.cost_sentences(costs))
 
 
 def test_an_interval_without_zero_beside_a_p_above_five_percent_is_explained(made: Runs) -> None:

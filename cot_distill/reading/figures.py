@@ -258,17 +258,17 @@ def plot_pareto(
 
 # %% ../../nbs/reading/figures.ipynb #5877717a
 def plot_price(
-    costs: pd.DataFrame,  # a row a teacher with a price: usd a point, and its interval
+    costs: pd.DataFrame,  # a row a teacher from `verdict.with_price`: usd a point, its interval
 ) -> "Axes":
     "Dollars a point of accuracy with their 95 % interval, cheapest first; an arrow has no end"
-    rows = costs[costs["usd"] > 0].sort_values(["usd a point", "usd a point low"])
+    rows = costs.sort_values(["usd a point", "usd a point low"])
     ax, ends = _axes(len(rows)), ["usd a point low", "usd a point", "usd a point high"]
     known = rows[ends].replace(math.inf, np.nan)
     edge = 1.5 * float(known.fillna(0.0).max().max()) or 1.0
     for y, (variant, *prices) in enumerate(zip(rows["variant"], *known.T.to_numpy(), strict=True)):
         low, price, high = prices
         if math.isnan(high):
-            ax.plot([] if math.isnan(low) else edge, y, ">", color=_color(variant), clip_on=False)
+            ax.plot(edge, y, ">", color=_color(variant), clip_on=False)
             high = edge
         _whisker(ax, y, (low, price, high), variant)
     ax.set(xlim=(0, edge), xlabel=f"dollars a point (n = {rows['n'].iloc[0]:,}); left is cheaper")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['headline', 'results_table', 'gain_sentences', 'student_sentence', 'first_set', 'pairwise', 'ranking',
-           'ranking_sentences', 'teacher_prices', 'cost_table', 'dollars', 'points_a_dollar', 'budget_sentences',
-           'cost_sentences']
+           'ranking_sentences', 'teacher_prices', 'cost_table', 'with_price', 'dollars', 'points_a_dollar',
+           'budget_sentences', 'cost_sentences']
 
 # %% ../../nbs/reading/verdict.ipynb #186c0aab
 import math
@@ -234,6 +234,13 @@ def cost_table(
         table[f"usd a point{end}"] = price.fillna(math.inf).where(table["usd"].notna())
     table["train_min a point"] = table["train_min"] / table["points"].where(table["points"] > 0)
     return table
+
+
+def with_price(
+    costs: pd.DataFrame,  # from `cost_table`
+) -> pd.DataFrame:  # some of its rows
+    "Teachers whose texts cost something and whose students may have gained by them"
+    return costs[costs["usd a point low"].between(0, math.inf, inclusive="neither")]
 
 # %% ../../nbs/reading/verdict.ipynb #b897f96c
 def dollars(
