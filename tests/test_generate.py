@@ -19,7 +19,7 @@ import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
 from faulty_server import FaultyServer, Reply, completion, error
 
-from cot_distill.asking.cards import pace_of
+from cot_distill.asking.cards import pace_of, tell_solved
 from cot_distill.asking.ledger import Ledger, read_attempts
 from cot_distill.asking.pace import Pacer
 from cot_distill.core.config import TeacherConfig, parse_study
@@ -362,9 +362,10 @@ def test_samples_are_asked_for_until_one_is_right(tmp_path):
     assert list(sent.values()) == [1, 3, 4] and summary.n == 8
     table = pd.read_parquet(RunFolder(tmp_path).rationales("t"))
     assert table.groupby("problem_id", sort=False)["is_correct"].sum().tolist() == [1, 1, 0]
-    assert summary.solved(table, n_samples=4) == (
-        "2 of 3 problems have a right answer; none: two-step-train-00002; 4 questions spared"
-    )
+    told = "2 of 3 problems; not two-step-train-00002; 4 questions spared"
+    assert tell_solved(table, n_samples=4) == told
+    card = (RunFolder(tmp_path).teacher_dir("t") / "README.md").read_text(encoding="utf-8")
+    assert f"| with a right answer | {told} |" in card
 
 
 def test_the_same_answer_is_not_paid_for_twice(tmp_path):

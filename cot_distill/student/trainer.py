@@ -248,7 +248,7 @@ def training_arguments(
         args._n_gpu = 1  # several GPUs work through torchrun, one process each; never DataParallel
     return args
 
-
+# %% ../../nbs/student/trainer.ipynb #2b9e7d05
 def _known_trackers(cfg: TrainConfig) -> list[str]:
     "The trackers of the study; raises `InputError` for one that cannot be had here"
     here = get_available_reporting_integrations()

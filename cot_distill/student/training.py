@@ -193,7 +193,7 @@ def describe_training(
 ) -> dict[str, Any]:  # JSON values
     "The part of `training_log.json` that is known before the first step"
     teacher_id, seed = study.variant(variant)
-    settings = {"student": study.student.model_dump(), "train": study.train.model_dump()}
+    settings = {part: getattr(study, part).model_dump(mode="json") for part in ("student", "train")}
     return {
         "variant": variant,
         "teacher": teacher_id,
