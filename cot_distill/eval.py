@@ -63,9 +63,7 @@ def eval_tasks(
     variant: str,  # `base`, a teacher's id or a repeat
 ) -> list[Task]:  # prompt by prompt, problem by problem
     "Every completion that one evaluation needs"
-    templates = {"study": study.student.prompt_template}
-    if variant == "base" or study.eval.prompts_for == "all":
-        templates |= study.eval.base_prompts
+    templates = {"study": study.student.prompt_template} | study.eval.prompts_beside(variant)
     problems, samples = study_problems(study, eval_set), range(study.eval.n_samples)
     return [
         Task(problem, name, k, template)

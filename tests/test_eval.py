@@ -280,7 +280,6 @@ def test_what_is_on_disk_is_not_decoded_again(folder: Path, run: RunFolder, scri
 KILLED = """
 import sys, time
 from cot_distill import eval as evaluation
-from cot_distill.analysis import prompt_table
 from cot_distill.student import engines as decoding
 from cot_distill.core.config import load_study
 from cot_distill.core.runs import RunFolder

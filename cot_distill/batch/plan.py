@@ -283,8 +283,7 @@ def count_work(
         known = stated or {}
         sets = [s for s in study.eval_sets if known.get(s.name) != 0]
         counts = [count_problems(s, study, known.get(s.name)) for s in sets]
-        is_gated = job.variant == "base" or study.eval.prompts_for == "all"
-        n_prompts = 1 + len(study.eval.base_prompts) * is_gated
+        n_prompts = 1 + len(study.eval.prompts_beside(job.variant))
         return None if None in counts else sum(counts) * study.eval.n_samples * n_prompts
     n_texts = (n := count_problems(study.problems, study)) and n * n_samples
     if n_texts is None or job.stage == "generate":

@@ -204,6 +204,13 @@ class EvalConfig(Part):
     n_bootstrap: int = Pace(10_000, ge=100)
     n_shots: int = Field(0, ge=0)  # worked examples before the question, from the training problems
 
+    def prompts_beside(
+        self,
+        variant: str,  # `base` or a trained student
+    ) -> dict[str, str]:  # name -> prompt template
+        "The prompts that a student is asked under beside its own"
+        return self.base_prompts if variant == "base" or self.prompts_for == "all" else {}
+
 # %% ../../nbs/core/config.ipynb #e2032238
 class RootedPart(Part):
     "A config part that knows which folder its relative paths start from"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..asking.keys import read_key
 from ..core.config import StudyConfig, load_study, public_name
 from ..core.errors import InputError
 from ..core.files import SEAL, read_json, read_parquet
@@ -187,9 +188,7 @@ def upload(
     import httpx2
     from huggingface_hub import HfApi
 
-    if not (token := os.environ.get("HF_TOKEN")):
-        raise InputError("HF_TOKEN is not set; put a token with write access into it or into .env")
-    api, addresses = HfApi(token=token), []
+    api, addresses = HfApi(token=read_key("HF_TOKEN").get_secret_value()), []
     for path in made:
         is_data = path.name == "dataset"
         where = repo if is_data else f"{repo}-{path.name}"

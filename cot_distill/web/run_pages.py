@@ -28,7 +28,6 @@ from ..reading import figures, verdict
 from ..reading.compare import Comparison
 from ..reading.frames import Runs, load_runs
 from ..reading.mistakes import MISTAKES, outcome_shares, with_outcomes
-from ..reading.verdict import ranking_sentences
 from ..reading.words import p_text, percent
 from cot_distill.web.pages import (
     Link,
@@ -399,7 +398,7 @@ def comparison_html(
         **{"difference, points": gains, "p (Holm)": pairs["p_holm"].map(p_text).to_list()}
     )
     caption = f"{len(found.questions)} problems in common, matched by their questions"
-    told = markdown_html(" ".join(ranking_sentences(pairs, "model")))
+    told = markdown_html(" ".join(verdict.ranking_sentences(pairs, "model")))
     parts = [f'<h1>Comparison</h1><div class="prose">{told}</div>']
     parts += [table_html(scores[["answered", "right"]].assign(accuracy=accuracy), caption)]
     parts += [table_html(table, "First minus second, paired; p exact McNemar, corrected by Holm")]
