@@ -359,11 +359,13 @@ def _eval_inputs(
     part: EvalSetConfig,
 ) -> dict[str, Any]:
     "Adapter, student, questions and how they are asked"
-    cfg, path, adapter, shots = settings_of(study.eval), run.adapter(variant), None, None
+    cfg, adapter, shots = settings_of(study.eval), None, None
     if cfg.pop("prompts_for") == "base" and variant != "base":  # the gate is not for it
         cfg.pop("base_prompts")
     if variant != "base":
-        adapter = _unless_gone(path, "adapter", known, lambda: adapter_fingerprint(path))
+        path = run.adapter(variant)
+        weights = path / "adapter_model.safetensors"
+        adapter = _unless_gone(weights, "adapter", known, lambda: adapter_fingerprint(path))
     if cfg["n_shots"]:
         shots = _problems(study, study.problems, known.get("shots") or {}, cfg["n_shots"])
     return {
