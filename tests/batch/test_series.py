@@ -144,7 +144,7 @@ def scores(out: Path) -> dict:
 
 
 def test_reference_files_are_whole():
-    n_of = {"reference": 11, "checks/reference-small": 3, "checks/reference-slice": 1}
+    n_of = {"reference": 11, "checks/reference-small": 3}
     for name, n_studies in n_of.items():
         series = load_series(ROOT / "configs" / f"{name}.toml", data="data")
         assert len(series.studies) >= n_studies
