@@ -214,9 +214,11 @@ def compare(
 
     found = compare_answers(sources, rule)
     if html:
+        from cot_distill.core.files import atomic_path
         from cot_distill.web.run_pages import comparison_html
 
-        html.write_text(comparison_html(found, examples), encoding="utf-8")
+        with atomic_path(html) as part:
+            part.write_text(comparison_html(found, examples), encoding="utf-8")
     if as_json:
         scores = found.scores().reset_index().to_dict("records")
         print_json({"models": scores, "pairs": found.pairs.to_dict("records")})

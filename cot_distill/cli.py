@@ -147,6 +147,7 @@ def _run_batch(
     from cot_distill.batch.run import batch_summary, error_console, run_prepared
     from cot_distill.batch.view import results_table
     from cot_distill.core.files import read_json
+    from cot_distill.reading.results import result_blocks
 
     code, out = run_prepared(batch, error_console(), jobs, executor, address), console()
     if as_json:
@@ -156,7 +157,7 @@ def _run_batch(
         page = run.html_dir / "index.html"
         out.print()
         results = read_json(run.results_json)
-        for block in (results, *results.get("other_problem_sets", [])):
+        for block in result_blocks(results):
             out.print(results_table(results | block))
         out.print(f"\n{page if page.exists() else run.path}", soft_wrap=True)
     raise typer.Exit(code)

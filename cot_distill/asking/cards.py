@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .ledger import Attempt, Ledger, read_attempts, spending, status_tally
 from .loop import price_usd, prompt_tokens_estimate
 from .replies import Question
-from ..core.config import GenerateConfig, StudyConfig, TeacherConfig
+from ..core.config import GenerateConfig, StudyConfig, TeacherConfig, public_name
 from ..core.errors import InputError, ResumeLater
 from ..core.files import atomic_path, fingerprint, read_json
 from ..core.inputs import marker_of
@@ -218,8 +218,8 @@ def card_facts(
     length = f"{words.median():.0f} words in the median, {words.min():.0f} to {words.max():.0f}"
     return {
         "study": study.name,
-        "problems": f"{part.source}, {part.split}, {table['problem_id'].nunique()} problems, "
-        f"{how.n_samples} sample(s) each",
+        "problems": f"{public_name(part.source)}, {part.split}, "
+        f"{table['problem_id'].nunique()} problems, {how.n_samples} sample(s) each",
         "provider, model asked for": f"{cfg.provider}, {cfg.model or 'none'}",
         "models that answered": (named or "the responses name none") + odd,
         "temperature, top_p, max_tokens": f"{how.temperature:g}, {how.top_p:g}, {how.max_tokens}",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError
+from ..core.errors import InputError, printable
 from ..core.files import read_json
 from ..core.problems import file_rows
 from ..core.runs import RunFolder
@@ -157,9 +157,9 @@ def read_answers(
     return answers
 
 # %% ../../nbs/reading/compare.ipynb #c0a20033
-def _plain(text: Any) -> str:
+def _one_line(text: Any) -> str:
     "A text on one line, harmless to a terminal"
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return " ".join(printable(str(text)).split())
 
 # %% ../../nbs/reading/compare.ipynb #c0a20021
 @dataclass(frozen=True, slots=True)
@@ -208,8 +208,9 @@ class Comparison:
                 f"  only the first: {pair['only first']}, only the second: {pair['only second']}"
             )
             for question, row in self.disagreements(first, second).head(n_examples).iterrows():
-                out += ["", f"  {_plain(question)[:200]}", f"    reference: {row['reference']}"]
-                out += [f"    {name}: {_plain(row[name])[-100:]}" for name in (first, second)]
+                told = {"reference": row["reference"], first: row[first], second: row[second]}
+                out += ["", f"  {_one_line(question)[:200]}"]
+                out += [f"    {name}: {_one_line(text)[-100:]}" for name, text in told.items()]
         return [*out, "", *ranking_sentences(self.pairs, "model")]
 
 # %% ../../nbs/reading/compare.ipynb #c0a20034

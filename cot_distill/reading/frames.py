@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..core.files import flatten, read_json, read_parquet
 from ..core.runs import RunFolder, recorded_stages
 from ..core.stats import holm, two_proportion_p, wilson
-from .results import read_results, written_study
+from .results import read_results, result_blocks, written_study
 from .scores import checked, scored_table
 
 # %% ../../nbs/reading/frames.ipynb #a909d617
@@ -147,7 +147,7 @@ def _files(run: RunFolder, pattern: str) -> list[Path]:
 def _results(run: RunFolder) -> Iterator[pd.DataFrame]:
     "results.json as the tables give it again, its other problem sets included"
     data, rows = read_results(run), []
-    for block in [data, *data.get("other_problem_sets", [])]:
+    for block in result_blocks(data):
         whose = {"study": data.get("study"), "problem_set": block.get("problem_set")}
         whose["is_headline"] = block is data
         found = result_rows(block)

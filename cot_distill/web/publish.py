@@ -20,6 +20,7 @@ from ..core.config import StudyConfig, load_study, public_name
 from ..core.errors import InputError
 from ..core.files import SEAL, read_json, read_parquet
 from ..core.runs import RunFolder
+from ..reading.results import result_blocks
 from ..reading.words import percent
 from .safety import refuse_to_publish
 
@@ -111,7 +112,7 @@ def scored_card(
     "The card of an adapter with what it scored"
     from huggingface_hub import EvalResult, ModelCard
 
-    blocks = [results, *results.get("other_problem_sets", [])]
+    blocks = result_blocks(results)
     scores = {b["problem_set"]: {v["variant"]: v for v in b["variants"]} for b in blocks}
     scored, lines, found = ModelCard(card), [], []
     for problem_set, rows in scores.items():
