@@ -316,7 +316,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
 
 def student_of(args: argparse.Namespace) -> Any:
     "The student's settings"
-    from cot_distill.core.config import StudentConfig
+    from cot_distill.core.settings import StudentConfig
 
     return StudentConfig(
         model=args.student,

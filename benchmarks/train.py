@@ -74,9 +74,9 @@ def settings() -> argparse.Namespace:
 def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, Any]:
     "Train one variant in this process"
     import torch
+    from cot_distill.core.settings import TrainConfig
     from transformers import AutoConfig
 
-    from cot_distill.core.config import TrainConfig
     from cot_distill.student.model import device_of, load_student, student_source
     from cot_distill.student.packing import training_order
     from cot_distill.student.sizes import PeakMemory, plan_training, sizes_of
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, An
 
 def student_for(model: str, weights: str, has_gpu: bool) -> Any:
     "The student with one kind of weights"
-    from cot_distill.core.config import StudentConfig
+    from cot_distill.core.settings import StudentConfig
 
     if weights not in ("fp32", "bf16", "nf4"):
         raise SystemExit(f"weights are fp32, bf16 or nf4: got {weights!r}")

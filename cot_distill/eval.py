@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .core.config import EvalSetConfig, StudyConfig
+from .core.settings import EvalSetConfig
+
+from .core.config import StudyConfig
 from .core.errors import InputError
 from .core.files import Journal, locked, read_json
 from cot_distill.core.inputs import (

@@ -90,7 +90,7 @@ def rationale_rows(
             **{name: attempt and getattr(attempt, name) for name in copied},
         }
 
-
+# %% ../nbs/01_generate.ipynb #d38524cf
 def rationale_table(
     rows: Iterable[dict[str, Any]],
 ) -> "pd.DataFrame":

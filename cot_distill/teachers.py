@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from .core.settings import GenerateConfig, StudentConfig, TeacherConfig
 from pydantic import ValidationError
 
 from .asking.cards import quote_teacher
 from .asking.hosted import ask_chat, check_chat_model, connect_gemini, open_client
 from .asking.ledger import Recording, request_key
 from .asking.replies import Answer, Question, read_body
-from .core.config import GenerateConfig, StudentConfig, StudyConfig, TeacherConfig
+from .core.config import StudyConfig
 from .core.errors import CotDistillError, InputError
 from .core.inputs import recording_hash, recording_path
 from .core.problems import Problem, study_problems

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .core.config import StudentConfig, StudyConfig, TrainConfig
+from .core.settings import StudentConfig, TrainConfig
+
+from .core.config import StudyConfig
 from .core.errors import InputError, as_program
 from .core.files import fault_of, locked, read_json, read_parquet
 from .core.inputs import begin_stage, stage_inputs, student_of

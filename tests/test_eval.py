@@ -18,12 +18,13 @@ import matplotlib
 import pandas as pd
 import pytest
 import torch
+from cot_distill.core.settings import EvalConfig, EvalSetConfig, StudentConfig
 from peft import LoraConfig, get_peft_model
 from tiny_student import make_student, make_study
 
 from cot_distill import eval as evaluation
 from cot_distill.analysis import prompt_table
-from cot_distill.core.config import EvalConfig, EvalSetConfig, StudentConfig, StudyConfig, to_toml
+from cot_distill.core.config import StudyConfig, to_toml
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import Journal, read_json, read_parquet
 from cot_distill.core.inputs import stage_inputs, stage_state, student_of

@@ -17,12 +17,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
+from cot_distill.core.settings import TeacherConfig
 from faulty_server import FaultyServer, Reply, completion, error
 
 from cot_distill.asking.cards import pace_of, tell_solved
 from cot_distill.asking.ledger import Ledger, read_attempts
 from cot_distill.asking.pace import Pacer
-from cot_distill.core.config import TeacherConfig, parse_study
+from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from asked import HELPERS, make_study
+from cot_distill.core.settings import TeacherConfig
 from faulty_server import FaultyServer, Reply, completion, error, gemini_reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from cot_distill.asking.keys import read_key, redact
 from cot_distill.asking.ledger import answer_columns, export_recording
 from cot_distill.asking.loop import cost_usd
 from cot_distill.asking.replies import Question, read_body, read_error
-from cot_distill.core.config import TeacherConfig, parse_study
+from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
@@ -180,7 +181,7 @@ def test_gemini_by_the_old_package_warns_nobody():
     "The end-of-support warning is silenced: the choice is deliberate, and documented"
     code = (
         "from cot_distill.asking.hosted import connect_generativeai\nfrom "
-        "cot_distill.core.config import TeacherConfig\n"
+        "cot_distill.core.settings import TeacherConfig\n"
         "connect_generativeai(TeacherConfig(provider='gemini', model='m'), 'not-a-key', "
         "'http://127.0.0.1:9', 1.0)"
     )
@@ -200,7 +201,7 @@ import asyncio, sys
 sys.path.insert(0, {str(HELPERS)!r})
 from faulty_server import FaultyServer, Reply, gemini_reply
 from cot_distill.asking.replies import Question
-from cot_distill.core.config import TeacherConfig
+from cot_distill.core.settings import TeacherConfig
 from cot_distill.teachers import GeminiTeacher
 from cot_distill.core.problems import load_problems
 messages = [{{"role": "user", "content": "How many?"}}]

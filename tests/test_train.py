@@ -15,19 +15,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from cot_distill.core.settings import EvalSetConfig, StudentConfig, TrainConfig, warn_of_few_steps
 from tiny_student import make_student, make_study, write_rationales
 from transformers import AutoConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
 
 from cot_distill.cli import app
-from cot_distill.core.config import (
-    EvalSetConfig,
-    StudentConfig,
-    TrainConfig,
-    parse_study,
-    warn_of_few_steps,
-)
+from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import fault_of, read_json, seal
 from cot_distill.core.inputs import student_of

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..core.settings import TeacherConfig
+
 from .hosted import chat_failure, request_body
 from .keys import redact
 from .ledger import Ledger, answer_columns, read_attempts, read_notes
@@ -33,7 +35,6 @@ from cot_distill.asking.replies import (
     read_body,
     read_error,
 )
-from ..core.config import TeacherConfig
 from ..core.errors import InputError, ResumeLater
 
 if TYPE_CHECKING:

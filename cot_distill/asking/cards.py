@@ -15,10 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from ..core.settings import GenerateConfig, TeacherConfig
+
 from .ledger import Attempt, Ledger, read_attempts, spending, status_tally
 from .loop import price_usd, prompt_tokens_estimate
 from .replies import Question
-from ..core.config import GenerateConfig, StudyConfig, TeacherConfig, public_name
+from ..core.config import StudyConfig, public_name
 from ..core.errors import InputError, ResumeLater
 from ..core.files import atomic_path, fingerprint, read_json
 from ..core.inputs import marker_of

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from .keys import check_address, check_destination, read_key, redact
 from .replies import Answer, Question, read_body, read_error, unreachable
-from ..core.config import TeacherConfig
 from ..core.errors import InputError, ResumeLater, printable
+from ..core.settings import TeacherConfig
 
 if TYPE_CHECKING:
     import openai
@@ -124,7 +124,7 @@ async def check_chat_model(
     except Exception as err:
         return verdict(chat_failure(client, err))
 
-
+# %% ../../nbs/asking/hosted.ipynb #b81361df
 def check_verdict(
     cfg: TeacherConfig,
     key_name: str | None,  # environment variable; None where no key is needed
@@ -292,7 +292,7 @@ def connect_gemini(
 
     return ask, check
 
-
+# %% ../../nbs/asking/hosted.ipynb #72838f49
 def call_in_thread(
     call: Callable[[], Answer],
 ) -> asyncio.Future:

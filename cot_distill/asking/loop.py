@@ -21,8 +21,8 @@ from typing import Any
 from .ledger import Ledger, answer_columns, read_attempts, spending
 from .pace import Breaker, Pacer, backoff_s, learn, utc_day
 from .replies import DONE, POOR, REFUSED, Answer, Question
-from ..core.config import GenerateConfig, TeacherConfig
 from ..core.errors import CotDistillError, InputError, Interrupted, handle_signals
+from ..core.settings import GenerateConfig, TeacherConfig
 from ..core.showing import Progress
 
 # %% ../../nbs/asking/loop.ipynb #3dea6e27
@@ -273,7 +273,7 @@ def ask_missing(
         )
         run_in_thread(asking, ask_by_batch if teacher.cfg.batch else ask_all, todo)
 
-
+# %% ../../nbs/asking/loop.ipynb #61174bd4
 def check_room(
     folder: Path,
     n: int,  # answers to come

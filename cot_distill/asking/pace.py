@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import Callable
 
+from ..core.settings import GenerateConfig, TeacherConfig
+
 from .keys import redact
 from .replies import RETRY, Answer
-from ..core.config import GenerateConfig, TeacherConfig
 from ..core.errors import InputError, ResumeLater
 
 # %% ../../nbs/asking/pace.ipynb #326907f5

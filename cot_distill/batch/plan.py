@@ -16,9 +16,11 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..core.settings import ProblemsConfig
+
 from .report import report_finished
 from .series import Estimate, Row, Series
-from ..core.config import ProblemsConfig, StudyConfig
+from ..core.config import StudyConfig
 from ..core.errors import InputError
 from ..core.files import fingerprint, sha256_of
 from cot_distill.core.inputs import (

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.settings import Part
 from pydantic import Field, ValidationError
 
 from cot_distill.core.config import (
-    Part,
     StudyConfig,
     load_study,
     overlay,

@@ -314,7 +314,7 @@ def _row_shown(row: dict[str, Any]) -> dict[str, str]:
         "commit": row["commit"],
     }
 
-
+# %% ../../nbs/batch/view.ipynb #a3caa233
 def rows_listing(
     table: "pd.DataFrame",  # from `rows_table`
 ) -> Iterator[str]:

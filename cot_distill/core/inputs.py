@@ -17,16 +17,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cot_distill.core.config import (
+from cot_distill.core.settings import (
     EvalSetConfig,
     Part,
     ProblemsConfig,
     StudentConfig,
-    StudyConfig,
     TeacherConfig,
-    is_path,
     kind_of,
 )
+
+from .config import StudyConfig, is_path
 from .errors import InputError
 from cot_distill.core.files import (
     content_fingerprint,

@@ -21,7 +21,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .config import ProblemsConfig, StudyConfig, is_path
+from .settings import ProblemsConfig
+
+from .config import StudyConfig, is_path
 from .errors import InputError
 
 # %% ../../nbs/core/problems.ipynb #eb3afd9e

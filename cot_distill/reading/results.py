@@ -14,11 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.config import EvalConfig, StudyConfig
+from ..core.config import StudyConfig
 from ..core.errors import InputError
 from ..core.files import locked, read_json, write_json
 from ..core.inputs import stage_marker, stage_state
 from ..core.runs import RunFolder
+from ..core.settings import EvalConfig
 from cot_distill.core.stats import (
     holm,
     minimum_detectable_difference,
@@ -177,7 +178,7 @@ def result_blocks(
     "What it says of each problem set, the study's first one first"
     return [data, *data.get("other_problem_sets", [])]
 
-
+# %% ../../nbs/reading/results.ipynb #b65a0935
 def read_results(
     run: RunFolder,
 ) -> dict[str, Any]:  # as `results.json`; no variants where there is no such file

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from ..core.config import EvalConfig, StudentConfig, StudyConfig
+from ..core.settings import EvalConfig, StudentConfig
+
+from ..core.config import StudyConfig
 from ..core.errors import InputError
 from ..core.inputs import adapter_fingerprint, student_of
 from .lora import load_adapter, use_adapter

@@ -15,7 +15,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..core.config import StudentConfig, StudyConfig, TrainConfig, public_name
+from ..core.settings import StudentConfig, TrainConfig
+
+from ..core.config import StudyConfig, public_name
 from ..core.errors import InputError
 from ..core.files import seal, write_json
 from ..core.inputs import gguf_file, student_of

@@ -23,7 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..core.config import StudentConfig, is_path, public_name
+from ..core.settings import StudentConfig
+
+from ..core.config import is_path, public_name
 from ..core.errors import InputError
 from ..core.files import SEAL, seal, sha256_of
 from ..core.inputs import HUB_NAMES, dtype_of, gguf_file

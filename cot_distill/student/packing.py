@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from ..core.config import TrainConfig
+from ..core.settings import TrainConfig
 
 # %% ../../nbs/student/packing.ipynb #5c451343
 import torch

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.config import StudentConfig, TrainConfig
+from ..core.settings import StudentConfig, TrainConfig
+
 from ..core.errors import InputError
 from ..core.inputs import dtype_of
 from ..core.machine import CLEARLY_FASTER, multiply_rate

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.config import StudentConfig, TrainConfig
+from ..core.settings import StudentConfig, TrainConfig
+
 from ..core.errors import CotDistillError, InputError
 from ..core.files import SEAL, fault_of, seal
 from ..core.inputs import dtype_of

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import StudentConfig, StudyConfig, TrainConfig, warn_of_few_steps
+from ..core.settings import StudentConfig, TrainConfig, warn_of_few_steps
+
+from ..core.config import StudyConfig
 from ..core.errors import Interrupted, handle_signals
 from ..core.files import fingerprint, write_json
 from ..core.inputs import finish_stage, student_of

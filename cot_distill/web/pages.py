@@ -312,7 +312,7 @@ def figure_svg(
         plt.close(figure)
         return file.getvalue().decode()
 
-
+# %% ../../nbs/web/pages.ipynb #cc131814
 def figure_html(
     plot: Callable[[pd.DataFrame], "Axes"],
     data: pd.DataFrame,

@@ -167,7 +167,7 @@ def study_page(
         figure += f'{{fig-alt="Right answers by student: {told}"}}'
     return list_page(entry, raw_html(findings(runs)) + figure, about(run.path)[1])
 
-
+# %% ../../nbs/web/site.ipynb #bc256070
 def list_page(
     entry: Entry,  # the page, with those it leads to
     before: str = "",  # what stands before the list

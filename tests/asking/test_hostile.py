@@ -9,12 +9,12 @@ import time
 import pandas as pd
 import pytest
 from asked import GOOD, TOO_MANY, always, attempts, first, make_study
+from cot_distill.core.settings import TeacherConfig
 from faulty_server import FaultyServer, Reply, completion, error, gemini_reply
 
 from cot_distill.asking.keys import check_destination, redact
 from cot_distill.asking.ledger import Ledger, read_attempts, salvage
 from cot_distill.asking.replies import Question
-from cot_distill.core.config import TeacherConfig
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from cot_distill.core.settings import TeacherConfig
 from places import DATA, ROOT
 from rich.console import Console
 from tiny_student import make_student
@@ -27,7 +28,6 @@ from cot_distill.batch.run import prepare_batch, record_answers, run_prepared
 from cot_distill.batch.series import load_series
 from cot_distill.batch.view import rows_listing, rows_table
 from cot_distill.cli import main
-from cot_distill.core.config import TeacherConfig
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import read_json, read_parquet, write_parquet
 from cot_distill.core.inputs import stage_state

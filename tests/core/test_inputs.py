@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from cot_distill.core.settings import Part, kind_of
 
 from cot_distill.batch.plan import Job, is_done, plan_jobs
 from cot_distill.batch.run import prepare_batch
 from cot_distill.batch.series import Row, Series
 from cot_distill.core import config
-from cot_distill.core.config import Part, StudyConfig, kind_of, load_study, parse_study
+from cot_distill.core.config import StudyConfig, load_study, parse_study
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import locked, write_json
 from cot_distill.core.inputs import (

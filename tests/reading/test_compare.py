@@ -96,7 +96,9 @@ def test_broken_files_and_strange_questions_are_sentences(tmp_path: Path):
 
 
 def test_the_command_prints_and_what_a_model_wrote_does_not_reach_the_terminal(tmp_path: Path):
-    rows = [{"question": "Q?", "reference": "\x1b[2J1", "completion": "\x1b[2J1", "is_correct": True}]
+    rows = [
+        {"question": "Q?", "reference": "\x1b[2J1", "completion": "\x1b[2J1", "is_correct": True}
+    ]
     a = table(tmp_path / "a.jsonl", rows)
     b = table(tmp_path / "b.jsonl", [rows[0] | {"is_correct": False}])
     shown = CliRunner().invoke(app, ["compare", a, b])

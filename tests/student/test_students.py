@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cot_distill.core.settings import StudentConfig
 from tiny_student import make_student
 
-from cot_distill.core.config import StudentConfig
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import SEAL, fault_of
 from cot_distill.core.inputs import gguf_file
