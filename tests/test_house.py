@@ -121,23 +121,31 @@ def test_nothing_heavy_loads_before_it_is_needed(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-CHAPTERS = ["00_teachers", "01_generate"]
+NOTEBOOKS = sorted(path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.name[0].isdigit()]
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_a_chapter_imports_what_it_tells_about(name: str) -> None:
-    "At most 25 names of ours and 400 lines of code: what serves behind the scenes has its own room"
-    cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    lines = [
-        line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")
-    ]
-    body = "\n".join(f"    {line}" for line in code.splitlines())  # lessons await at the top level
+def code_of(notebook: Path, start: str = "") -> str:
+    "The code of a notebook, or of its cells that start so"
+    cells = json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return "\n".join(source for source in sources if source.startswith(start))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=str)
+def test_a_chapter_imports_what_it_tells_about(chapter: Path) -> None:
+    "At most 25 names of ours make its module: what serves behind the scenes has its own room"
     names = {
         alias.name
-        for node in ast.walk(ast.parse(f"async def chapter():\n{body}"))
+        for node in ast.walk(ast.parse(code_of(chapter, "#| export")))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cot_distill")
         for alias in node.names
     }
     assert len(names) <= 25, sorted(names)
-    assert len(lines) <= 400
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
+def test_a_notebook_is_read_at_one_sitting(notebook: Path) -> None:
+    "At most 400 lines of code"
+    lines = [line.strip() for line in code_of(notebook).splitlines()]
+    assert sum(bool(line) and not line.startswith("#") for line in lines) <= 400

@@ -17,15 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cot_distill.core.settings import (
-    EvalSetConfig,
-    Part,
-    ProblemsConfig,
-    StudentConfig,
-    TeacherConfig,
-    kind_of,
-)
-
 from .config import StudyConfig, is_path
 from .errors import InputError
 from cot_distill.core.files import (
@@ -40,6 +31,14 @@ from cot_distill.core.files import (
 )
 from .machine import fastest_dtype
 from .problems import HUB_SOURCES, Problem, is_hub, read_problems
+from cot_distill.core.settings import (
+    EvalSetConfig,
+    Part,
+    ProblemsConfig,
+    StudentConfig,
+    TeacherConfig,
+    kind_of,
+)
 
 if TYPE_CHECKING:
     from cot_distill.core.runs import RunFolder

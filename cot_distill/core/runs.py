@@ -8,8 +8,10 @@ __all__ = ['PACKAGES', 'RunFolder', 'project_root', 'open_run', 'study_in', 'wit
            'note_job', 'recorded_jobs']
 
 # %% ../../nbs/core/runs.ipynb #a3ef59fc
+import atexit
 import os
 import platform
+import shutil
 import tempfile
 import time
 import tomllib
@@ -192,7 +194,9 @@ def open_chapter(
 def open_lesson() -> tuple[StudyConfig, RunFolder]:
     "The built-in study that lessons work on, whatever the parameters say, in a scratch folder"
     study = load_study(chapter_path("../configs/lesson.toml"))
-    return study, open_run(tempfile.mkdtemp(prefix="cot-distill-lesson-"), study)
+    folder = tempfile.mkdtemp(prefix="cot-distill-lesson-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return study, open_run(folder, study)
 
 # %% ../../nbs/core/runs.ipynb #d99ca80a
 PACKAGES = (
