@@ -8,7 +8,7 @@ __all__ = ['DROP_FOR_STATUS', 'COLUMNS', 'grade', 'rationale_rows', 'rationale_t
 # %% ../nbs/01_generate.ipynb #e56854ee
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .core.inputs import begin_stage, finish_stage, stage_inputs
 from .core.problems import study_problems
 from .core.runs import RunFolder, record_run
 from .grading import final_answer, is_correct
+from .reading.format import equations
 from .teachers import open_teacher, study_questions, teacher_class
 
 if TYPE_CHECKING:
@@ -106,23 +107,24 @@ def rationale_table(
 # %% ../nbs/01_generate.ipynb #58c3a7f2
 def question_rounds(
     questions: Sequence[tuple[str, Any]],  # from `study_questions`
-    until_right: int | None,  # right answers that are enough; None: ask everything
+    until_right: int | None,  # different right solutions that are enough; None: ask everything
     ledger: Ledger,  # filled between two rounds
 ) -> Iterator[list[tuple[str, Any]]]:
-    "What to ask at a time: everything, or a sample of each problem that still lacks right answers"
+    "What to ask at a time: everything, or a sample of each problem that still lacks solutions"
     if until_right is None:
         yield list(questions)
         return
-    n_right: Counter[str] = Counter()
+    solutions: defaultdict[str, set] = defaultdict(set)  # of each problem, by what they calculate
     for sample_idx in sorted({question.sample_idx for _, question in questions}):
         at_turn = [pair for pair in questions if pair[1].sample_idx == sample_idx]
-        due = [pair for pair in at_turn if n_right[pair[1].problem.problem_id] < until_right]
+        due = [pair for pair in at_turn if len(solutions[pair[1].problem.problem_id]) < until_right]
         yield due
         final = {a.request_key: a for a in read_attempts(ledger, only_final=True)}
         for key, question in due:
-            if attempt := final.get(key):
-                graded = grade(attempt.answer(), question.problem.reference_answer)
-                n_right[question.problem.problem_id] += graded["is_correct"]
+            answer = final[key].answer() if key in final else Answer("failed")
+            if grade(answer, question.problem.reference_answer)["is_correct"]:
+                steps = tuple(step.expression for step in equations(answer.text))
+                solutions[question.problem.problem_id].add(steps or answer.text)
 
 # %% ../nbs/01_generate.ipynb #cba01a5e
 def run_generate(

@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from asked import GOOD, HELPERS, RUN, TOO_MANY, always, attempts, first, make_study
-from cot_distill.core.settings import TeacherConfig
 from faulty_server import FaultyServer, Reply, completion, error
 
 from cot_distill.asking.cards import pace_of, tell_solved
@@ -27,6 +26,7 @@ from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.settings import TeacherConfig
 from cot_distill.generate import COLUMNS, run_generate
 
 
@@ -367,6 +367,19 @@ def test_samples_are_asked_for_until_one_is_right(tmp_path):
     assert tell_solved(table, n_samples=4) == told
     card = (RunFolder(tmp_path).teacher_dir("t") / "README.md").read_text(encoding="utf-8")
     assert f"| with a right answer | {told} |" in card
+
+
+def test_two_solutions_that_calculate_alike_are_one(tmp_path):
+    (problem,) = load_problems("two-step", limit=1)
+    said = ["10 + 9 = 19.", "That makes 10+9 = 19!", "3 * 11 = 33", "never asked for"]
+
+    def answer(request, n):
+        return Reply(body=completion(text=f"{said[n - 1]}\n#### {problem.reference_answer}"))
+
+    how = {"n_samples": 4, "temperature": 0.7, "until_right": 2}
+    with FaultyServer(answer) as server:
+        summary = run_generate(make_study(server.url, n=1, **how), "t", RunFolder(tmp_path))
+    assert (summary.n, summary.n_kept) == (3, 3)
 
 
 def test_the_same_answer_is_not_paid_for_twice(tmp_path):

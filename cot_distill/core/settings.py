@@ -109,7 +109,7 @@ class GenerateConfig(Part):
     )
     system_prompt: str | None = None
     n_samples: int = Field(1, ge=1)  # completions a problem
-    until_right: int | None = Field(None, ge=1)  # enough right ones: no more samples are asked for
+    until_right: int | None = Field(None, ge=1)  # different right solutions that are enough
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1)  # completion cap of the first try
