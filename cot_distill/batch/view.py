@@ -190,7 +190,7 @@ def results_table(
 ) -> Table:  # for rich, at most 80 columns wide
     "Accuracy of every student with its interval, and the paired difference to base"
     title = f"{results['study']}: {results['problem_set']}"
-    numbers = ["n", "right, % [95 %]", "minus base", "p (Holm)", "teacher $"]
+    numbers = ["n", "right, % [95 %]", "minus base", "p (Holm)", "paid, $"]
     table = _plain_table(title, ["student of"], numbers)
     for row in results["variants"]:
         versus, usd = row.get("vs_base") or {}, row.get("teacher_cost_usd")
