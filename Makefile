@@ -55,7 +55,7 @@ test-slow: $(MADE_SLOW)
 	$(BIN)/python -m pytest -m slow
 
 $(MADE_SLOW): $(MADE)
-	$(call install,-c constraints.txt -e '.[dev,ray]')
+	$(call install,-c constraints.txt -e '.[ray]')
 	@touch $@
 
 mock:

@@ -149,3 +149,15 @@ def test_a_notebook_is_read_at_one_sitting(notebook: Path) -> None:
     "At most 400 lines of code"
     lines = [line.strip() for line in code_of(notebook).splitlines()]
     assert sum(bool(line) and not line.startswith("#") for line in lines) <= 400
+
+
+@pytest.mark.parametrize(
+    "target", "env demo test test-slow mock lab site notebooks check lock".split()
+)
+def test_what_make_would_do_is_a_command(target: str) -> None:
+    "Down to the installation of what a target needs"
+    shown = subprocess.run(
+        ["make", "--always-make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
+    )
+    read = subprocess.run(["bash", "-n"], input=shown.stdout, capture_output=True, text=True)
+    assert (shown.returncode, read.returncode) == (0, 0), shown.stderr + read.stderr
