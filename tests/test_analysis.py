@@ -7,7 +7,7 @@ import random
 import re
 import time
 import tomllib
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_run import make_run
+from matplotlib.text import Text
 from places import ROOT
 
 from cot_distill import analysis
@@ -230,6 +231,18 @@ def test_every_figure_draws_labels_and_all_its_rows(made: Runs) -> None:
         }
         assert any("human" in text for text in drawn), (name, drawn)
         assert all("nan" not in text for text in drawn), (name, drawn)
+
+
+def test_no_name_in_a_figure_lies_on_another() -> None:
+    "Two teachers with the same property, five with nearly the same gain"
+    gains = [-0.088, -0.077, -0.076, 0.053, 0.054]
+    beside = pd.DataFrame({"variant": list("abcde"), "n": 100, "words": 50.0, "delta": gains})
+    beside = beside.assign(delta_low=beside["delta"] - 0.02, delta_high=beside["delta"] + 0.02)
+    ax = figures.plot_gain_against(beside, "words")
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(name) for name in ax.texts]  # without the line to its point
+    assert len(boxes) == 5
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_figures_change_no_global_setting_and_not_their_data(made: Runs) -> None:

@@ -232,17 +232,29 @@ def plot_gain_against(
     by: str = "words",  # one of `PROPERTIES`
 ) -> "Axes":
     "Gain over the base, with its interval, against one property of the teachers' texts"
-    ax, rows = _axes(5), beside.dropna(subset=[by]).sort_values(by)
-    for rank, (x, row) in enumerate(zip(rows[by], rows.itertuples(), strict=True)):
+    ax, rows = _axes(5), beside.dropna(subset=[by]).sort_values("delta")
+    for x, row in zip(rows[by], rows.itertuples(), strict=True):
         low, y, high = _gains(row)
         looks = {"fmt": "o", "color": _color(row.variant), "markersize": 9, "capsize": 3}
         ax.errorbar(x, y, [[y - low], [high - y]], **looks)
-        above = (0, 3 + 12 * (rank % 3))  # neighbours at different heights
-        ax.annotate(row.variant, (x, high), above, textcoords="offset points", ha="center")
+    _name_at_the_right(ax, rows[by], 100 * rows["delta"], rows["variant"])
     ax.axhline(0, color="0.5", linewidth=1, zorder=0)
     ax.set(xlabel=PROPERTIES[by], ylabel=f"difference to base, points (n = {rows['n'].iloc[0]:,})")
-    ax.margins(x=0.25, y=0.15)
     return _tidy(ax)
+
+
+def _name_at_the_right(
+    ax: "Axes", xs: Iterable[float], ys: Iterable[float], names: Iterable[str]
+) -> None:
+    "Names beside the axes, the lowest first, none on another, each led to its point"
+    ax.margins(x=0.1, y=0.1)
+    low, high = ax.get_ylim()
+    place = low
+    for x, y, name in zip(xs, ys, names, strict=True):
+        place = max(place + (high - low) / 13, y)
+        led = {"arrowstyle": "-", "color": _color(name), "linewidth": 0.8, "shrinkB": 5}
+        beside = {"xytext": (1.03, place), "textcoords": ("axes fraction", "data")}
+        ax.annotate(name, (x, y), va="center", arrowprops=led, **beside)
 
 # %% ../../nbs/reading/figures.ipynb #ed185976
 def plot_pareto(
