@@ -68,6 +68,8 @@ def load_adapter(
     """Put a trained adapter on the student, in the student's own type; raises `InputError` when
     there is none or it does not fit"""
     try:
+        if not (Path(folder) / "adapter_config.json").is_file():  # PEFT would ask the hub for it
+            raise FileNotFoundError("adapter_config.json is not there")
         with quiet():
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=False)

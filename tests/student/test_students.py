@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cot_distill.core.settings import StudentConfig
 from tiny_student import make_student
 
 from cot_distill.core.errors import InputError
 from cot_distill.core.files import SEAL, fault_of
 from cot_distill.core.inputs import gguf_file
+from cot_distill.core.settings import StudentConfig
 from cot_distill.student.lora import load_adapter, use_adapter
 from cot_distill.student.model import (
     cache_dir,
@@ -198,7 +198,7 @@ def test_no_chat_template_is_refused(tmp_path, tokenizer):
         load_tokenizer(SMOL.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_adapters_on_one_model(tmp_path, tiny_student):
+def test_adapters_on_one_model(tmp_path, tiny_student, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     cfg = StudentConfig(model=str(tiny_student), dtype="float32", device="cpu")
@@ -222,8 +222,12 @@ def test_adapters_on_one_model(tmp_path, tiny_student):
         assert torch.equal(got[None], base)
         assert not torch.allclose(got["human"], got["other"])
         assert torch.allclose(merged(ids).logits, got["human"], atol=1e-4)
-    with pytest.raises(InputError, match="no usable adapter"):
-        load_adapter(load_student(cfg)[0], tmp_path / "missing")
+    asked: list = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
+    with pytest.raises(InputError, match="no usable adapter in students/missing: .* is not there"):
+        load_adapter(load_student(cfg)[0], "students/missing")
+    assert asked == []  # what could be the name of a model on the hub is a folder all the same
     (tmp_path / "human" / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="no usable adapter"):
         load_adapter(load_student(cfg)[0], tmp_path / "human")
