@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson', 'two_proportion_p', 'PairedDifference', 'paired_difference', 'holm', 'minimum_detectable_difference',
-           'pass_at_k', 'majority_answer', 'seed_spread']
+           'pass_at_k', 'majority_answer', 'seed_spread', 'rank_correlation']
 
 # %% ../../nbs/core/stats.ipynb #7ab0bd5e
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import norm, permutation_test, spearmanr
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint, proportions_ztest
@@ -160,3 +160,17 @@ def seed_spread(
         "min": float(values.min()),
         "max": float(values.max()),
     }
+
+# %% ../../nbs/core/stats.ipynb #eb52fcbb
+def rank_correlation(
+    xs: Sequence[float],
+    ys: Sequence[float],  # as many
+) -> tuple[float, float]:  # Spearman's rho, two-sided p: exact up to seven pairs, sampled beyond
+    "How far two properties of the same few things put them into the same order"
+    found = permutation_test(
+        (xs,),
+        lambda order: spearmanr(order, ys).statistic,
+        permutation_type="pairings",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.statistic), float(found.pvalue)

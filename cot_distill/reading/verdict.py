@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['headline', 'results_table', 'gain_sentences', 'student_sentence', 'first_set', 'pairwise', 'ranking',
-           'ranking_sentences', 'teacher_prices', 'cost_table', 'with_price', 'dollars', 'points_a_dollar',
-           'budget_sentences', 'cost_sentences']
+           'ranking_sentences', 'surprise_sentences', 'teacher_prices', 'cost_table', 'with_price', 'dollars',
+           'points_a_dollar', 'budget_sentences', 'cost_sentences']
 
 # %% ../../nbs/reading/verdict.ipynb #186c0aab
 import math
@@ -13,7 +13,12 @@ from itertools import combinations
 
 import pandas as pd
 
-from ..core.stats import holm, minimum_detectable_difference, paired_difference
+from cot_distill.core.stats import (
+    holm,
+    minimum_detectable_difference,
+    paired_difference,
+    rank_correlation,
+)
 from .frames import Runs
 from .words import p_phrase, p_text, percent, seeds_text
 
@@ -183,6 +188,23 @@ def ranking_sentences(
         f"Two of them typically disagree on {100 * discordance:.0f} % of the {n:,} problems; "
         f"with so many, {needed}.",
     ]
+
+# %% ../../nbs/reading/verdict.ipynb #bc8e585e
+def surprise_sentences(
+    results: pd.DataFrame,  # rows of one problem set
+    training: pd.DataFrame,  # `Runs.training`
+) -> list[str]:  # none with fewer than four teachers
+    "Whether the untrained student's surprise at the teachers' texts orders what they taught"
+    surprise = training.drop_duplicates("variant").set_index("variant")["mean_nll"].astype(float)
+    rows = results.set_index("variant")[["delta"]].join(surprise).dropna()
+    if len(rows) < 4:
+        return []
+    rho, p = rank_correlation(rows["delta"].tolist(), rows["mean_nll"].tolist())
+    told = f"rank correlation {rho:+.2f} over {len(rows)} teachers, {p_phrase(p)}."
+    if p > 0.05:
+        return [f"How much a teacher's texts surprise it does not order the gains: {told}"]
+    how = "more" if rho > 0 else "less"
+    return [f"The {how} a teacher's texts surprise it before training, the larger its gain: {told}"]
 
 # %% ../../nbs/reading/verdict.ipynb #3575456c
 def teacher_prices(

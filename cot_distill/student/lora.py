@@ -15,12 +15,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..core.settings import StudentConfig, TrainConfig
-
 from ..core.config import StudyConfig, public_name
 from ..core.errors import InputError
 from ..core.files import seal, write_json
 from ..core.inputs import gguf_file, student_of
+from ..core.settings import StudentConfig, TrainConfig
 from cot_distill.student.model import (
     base_name,
     device_of,

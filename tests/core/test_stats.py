@@ -2,9 +2,12 @@
 for"""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats as sps
 
 from cot_distill.core.stats import (
@@ -13,6 +16,7 @@ from cot_distill.core.stats import (
     minimum_detectable_difference,
     paired_difference,
     pass_at_k,
+    rank_correlation,
     seed_spread,
     two_proportion_p,
     wilson,
@@ -134,3 +138,13 @@ def test_majority_and_spread() -> None:
     )
     with pytest.raises(ValueError, match="at least one"):
         seed_spread([])
+
+
+@given(st.permutations(range(5)), st.lists(st.integers(0, 9), min_size=5, max_size=5, unique=True))
+@settings(max_examples=30, deadline=None)
+def test_a_rank_correlation_is_judged_by_all_orders(order: list[int], other: list[int]) -> None:
+    "The share of all orders of one side that look as strong, both ways"
+    rho, p = rank_correlation(order, other)
+    all_of_them = [sps.spearmanr(one, other).statistic for one in permutations(order)]
+    assert rho == pytest.approx(sps.spearmanr(order, other).statistic)
+    assert p == pytest.approx(np.mean([abs(one) >= abs(rho) - 1e-9 for one in all_of_them]))
