@@ -202,9 +202,9 @@ def surprise_sentences(
     rho, p = rank_correlation(rows["delta"].tolist(), rows["mean_nll"].tolist())
     told = f"rank correlation {rho:+.2f} over {len(rows)} teachers, {p_phrase(p)}."
     if p > 0.05:
-        return [f"How much a teacher's texts surprise it does not order the gains: {told}"]
+        return [f"How much a teacher's texts surprise the student does not order the gains: {told}"]
     how = "more" if rho > 0 else "less"
-    return [f"The {how} a teacher's texts surprise it before training, the larger its gain: {told}"]
+    return [f"The {how} a teacher's texts surprise the student, the larger its gain: {told}"]
 
 # %% ../../nbs/reading/verdict.ipynb #3575456c
 def teacher_prices(
