@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from cot_distill.core.settings import EvalSetConfig, StudentConfig, TrainConfig, warn_of_few_steps
 from tiny_student import make_student, make_study, write_rationales
 from transformers import AutoConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -27,6 +26,7 @@ from cot_distill.core.errors import InputError
 from cot_distill.core.files import fault_of, read_json, seal
 from cot_distill.core.inputs import student_of
 from cot_distill.core.runs import RunFolder, open_run
+from cot_distill.core.settings import EvalSetConfig, StudentConfig, TrainConfig, warn_of_few_steps
 from cot_distill.student.lora import add_lora, card_text, load_adapter
 from cot_distill.student.model import end_of_turn_id, load_student, load_tokenizer, prompt_ids
 from cot_distill.student.packing import (
@@ -788,7 +788,7 @@ def _solved(adapter: Path | None, n: int = 100) -> int:
     cfg = StudentConfig(model="smollm2-135m", dtype="float32", device="cpu")
     model, tokenizer = load_student(cfg)
     if adapter:
-        model = load_adapter(model, adapter, merge=True)
+        model = load_adapter(model, adapter).merge_and_unload()
     problems = load_problems("two-step", split="test", limit=n)
     prompts = [prompt_ids(tokenizer, p.question, cfg) for p in problems]
     done = dict(decode(model, tokenizer, prompts, max_new_tokens=128, slots=25))
