@@ -72,8 +72,8 @@ notebooks: $(MADE)
 	$(BIN)/python tools/notebooks.py
 
 check: $(MADE)
-	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet --no-cache .
+	@$(BIN)/ruff check --quiet --no-cache .
 	@$(BIN)/python tools/check_sync.py
 	@$(BIN)/python -m pytest -q tests/test_house.py
 

@@ -74,9 +74,9 @@ def settings() -> argparse.Namespace:
 def measure(args: argparse.Namespace, variant: str, source: str) -> dict[str, Any]:
     "Train one variant in this process"
     import torch
-    from cot_distill.core.settings import TrainConfig
     from transformers import AutoConfig
 
+    from cot_distill.core.settings import TrainConfig
     from cot_distill.student.model import device_of, load_student, student_source
     from cot_distill.student.packing import training_order
     from cot_distill.student.sizes import PeakMemory, plan_training, sizes_of

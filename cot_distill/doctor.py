@@ -318,9 +318,8 @@ def check_size(
     study: StudyConfig,
 ) -> list[Finding]:
     "Whether the study is large enough to teach and to tell"
-    from cot_distill.core.settings import warn_of_few_steps
-
     from cot_distill.core.problems import study_problems
+    from cot_distill.core.settings import warn_of_few_steps
     from cot_distill.core.stats import minimum_detectable_difference
 
     try:

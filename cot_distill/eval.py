@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .core.settings import EvalSetConfig
-
 from .core.config import StudyConfig
 from .core.errors import InputError
 from .core.files import Journal, locked, read_json
@@ -29,6 +27,7 @@ from cot_distill.core.inputs import (
 )
 from .core.problems import Problem, study_problems
 from .core.runs import RunFolder, record_run
+from .core.settings import EvalSetConfig
 from .core.showing import Progress
 from .grading import grade
 from .reading.scores import answers_at_hand, write_answers

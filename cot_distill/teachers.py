@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from .core.settings import GenerateConfig, StudentConfig, TeacherConfig
 from pydantic import ValidationError
 
 from .asking.cards import quote_teacher
@@ -27,6 +26,7 @@ from .core.config import StudyConfig
 from .core.errors import CotDistillError, InputError
 from .core.inputs import recording_hash, recording_path
 from .core.problems import Problem, study_problems
+from .core.settings import GenerateConfig, StudentConfig, TeacherConfig
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .core.settings import StudentConfig, TrainConfig
-
 from .core.config import StudyConfig
 from .core.errors import InputError, as_program
 from .core.files import fault_of, locked, read_json, read_parquet
 from .core.inputs import begin_stage, stage_inputs, student_of
 from .core.runs import RunFolder, open_chapter
+from .core.settings import StudentConfig, TrainConfig
 from .student import training
 from .student.lora import merge_adapter
 from .student.model import completion_ids, free_memory, load_tokenizer, prompt_ids

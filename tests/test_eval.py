@@ -18,7 +18,6 @@ import matplotlib
 import pandas as pd
 import pytest
 import torch
-from cot_distill.core.settings import EvalConfig, EvalSetConfig, StudentConfig
 from peft import LoraConfig, get_peft_model
 from tiny_student import make_student, make_study
 
@@ -30,6 +29,7 @@ from cot_distill.core.files import Journal, read_json, read_parquet
 from cot_distill.core.inputs import stage_inputs, stage_state, student_of
 from cot_distill.core.machine import version_of
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.settings import EvalConfig, EvalSetConfig, StudentConfig
 from cot_distill.core.stats import holm, paired_difference, seed_spread, wilson
 from cot_distill.eval import DECODERS, eval_tasks, journal_row, run_eval, task_prompts
 from cot_distill.grading import final_answer

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from cot_distill.core.settings import warn_of_few_steps
 
 from cot_distill.core.config import load_study
 from cot_distill.core.errors import InputError
 from cot_distill.core.problems import study_problems
+from cot_distill.core.settings import warn_of_few_steps
 from cot_distill.starting import write_study
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from asked import HELPERS, make_study
-from cot_distill.core.settings import TeacherConfig
 from faulty_server import FaultyServer, Reply, completion, error, gemini_reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +29,7 @@ from cot_distill.core.config import parse_study
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.settings import TeacherConfig
 from cot_distill.generate import run_generate
 from cot_distill.teachers import GeminiTeacher, OpenAITeacher, RecordedTeacher, preflight, quote
 

@@ -13,8 +13,6 @@ from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..core.settings import TeacherConfig
-
 from .hosted import chat_failure, request_body
 from .keys import redact
 from .ledger import Ledger, answer_columns, read_attempts, read_notes
@@ -36,6 +34,7 @@ from cot_distill.asking.replies import (
     read_error,
 )
 from ..core.errors import InputError, ResumeLater
+from ..core.settings import TeacherConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

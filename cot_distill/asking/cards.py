@@ -15,8 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ..core.settings import GenerateConfig, TeacherConfig
-
 from .ledger import Attempt, Ledger, read_attempts, spending, status_tally
 from .loop import price_usd, prompt_tokens_estimate
 from .replies import Question
@@ -25,6 +23,7 @@ from ..core.errors import InputError, ResumeLater
 from ..core.files import atomic_path, fingerprint, read_json
 from ..core.inputs import marker_of
 from ..core.runs import RunFolder
+from ..core.settings import GenerateConfig, TeacherConfig
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,11 +12,10 @@ import random
 import time
 from collections.abc import Callable
 
-from ..core.settings import GenerateConfig, TeacherConfig
-
 from .keys import redact
 from .replies import RETRY, Answer
 from ..core.errors import InputError, ResumeLater
+from ..core.settings import GenerateConfig, TeacherConfig
 
 # %% ../../nbs/asking/pace.ipynb #326907f5
 class RateBudget:

@@ -16,8 +16,6 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.settings import ProblemsConfig
-
 from .report import report_finished
 from .series import Estimate, Row, Series
 from ..core.config import StudyConfig
@@ -39,6 +37,7 @@ from cot_distill.core.runs import (
     recorded_jobs,
     recorded_stages,
 )
+from ..core.settings import ProblemsConfig
 from ..teachers import teacher_class
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..core.settings import warn_of_few_steps
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -49,6 +48,7 @@ from ..core.config import load_study
 from ..core.errors import InputError, handle_signals
 from ..core.files import atomic_path, locked, read_json, read_parquet, write_json
 from ..core.runs import RunFolder, chapter_path, open_run, study_in
+from ..core.settings import warn_of_few_steps
 
 # %% ../../nbs/batch/run.ipynb #e3047d8f
 @dataclass

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.settings import Part
 from pydantic import Field, ValidationError
 
 from cot_distill.core.config import (
@@ -26,6 +25,7 @@ from cot_distill.core.config import (
 )
 from ..core.errors import InputError
 from ..core.runs import project_root
+from ..core.settings import Part
 
 # %% ../../nbs/batch/series.ipynb #90eafa8a
 class Step(Part):

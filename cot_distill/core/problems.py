@@ -21,10 +21,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .settings import ProblemsConfig
-
 from .config import StudyConfig, is_path
 from .errors import InputError
+from .settings import ProblemsConfig
 
 # %% ../../nbs/core/problems.ipynb #eb3afd9e
 @dataclass(frozen=True, slots=True)

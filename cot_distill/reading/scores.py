@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ..core.settings import EvalConfig
 
 from ..core.errors import InputError
 from ..core.files import atomic_path, fault_in, read_json, read_parquet, write_parquet
 from ..core.inputs import stage_marker, stage_state
 from ..core.problems import Problem
+from ..core.settings import EvalConfig
 from ..core.stats import majority_answer, pass_at_k, seed_spread
 from ..grading import RULES, grade
 

@@ -20,11 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from ..core.settings import EvalConfig, StudentConfig
-
 from ..core.config import StudyConfig
 from ..core.errors import InputError
 from ..core.inputs import adapter_fingerprint, student_of
+from ..core.settings import EvalConfig, StudentConfig
 from .lora import load_adapter, use_adapter
 from cot_distill.student.model import (
     device_of,

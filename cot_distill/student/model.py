@@ -23,12 +23,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..core.settings import StudentConfig
-
 from ..core.config import is_path, public_name
 from ..core.errors import InputError
 from ..core.files import SEAL, seal, sha256_of
 from ..core.inputs import HUB_NAMES, dtype_of, gguf_file
+from ..core.settings import StudentConfig
 
 # %% ../../nbs/student/model.ipynb #42a5fa6e
 import torch

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.settings import StudentConfig, TrainConfig
-
 from ..core.errors import InputError
 from ..core.inputs import dtype_of
 from ..core.machine import CLEARLY_FASTER, multiply_rate
+from ..core.settings import StudentConfig, TrainConfig
 from .model import device_of
 from .packing import Example, passes_of, training_order
 

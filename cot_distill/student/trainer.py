@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.settings import StudentConfig, TrainConfig
-
 from ..core.errors import CotDistillError, InputError
 from ..core.files import SEAL, fault_of, seal
 from ..core.inputs import dtype_of
+from ..core.settings import StudentConfig, TrainConfig
 from ..core.showing import Progress
 from .lora import whole_or_gone
 from .model import device_of, is_out_of_memory

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.settings import StudentConfig, TrainConfig, warn_of_few_steps
-
 from ..core.config import StudyConfig
 from ..core.errors import Interrupted, handle_signals
 from ..core.files import fingerprint, write_json
 from ..core.inputs import finish_stage, student_of
 from ..core.runs import RunFolder, provenance, record_run
+from ..core.settings import StudentConfig, TrainConfig, warn_of_few_steps
 from ..core.showing import Progress, teacher_color
 from .lora import add_lora, card_text, write_adapter
 from .model import device_of, load_student, load_tokenizer, student_source

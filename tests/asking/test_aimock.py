@@ -17,13 +17,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from asked import attempts, make_study
-from cot_distill.core.settings import TeacherConfig
 from places import ROOT
 
 from cot_distill.asking.replies import Question
 from cot_distill.core.errors import CotDistillError, InputError
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.settings import TeacherConfig
 from cot_distill.generate import run_generate
 from cot_distill.teachers import GeminiTeacher
 

@@ -9,7 +9,6 @@ import time
 import pandas as pd
 import pytest
 from asked import GOOD, TOO_MANY, always, attempts, first, make_study
-from cot_distill.core.settings import TeacherConfig
 from faulty_server import FaultyServer, Reply, completion, error, gemini_reply
 
 from cot_distill.asking.keys import check_destination, redact
@@ -18,6 +17,7 @@ from cot_distill.asking.replies import Question
 from cot_distill.core.errors import InputError, ResumeLater
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.settings import TeacherConfig
 from cot_distill.generate import run_generate
 from cot_distill.teachers import GeminiTeacher, preflight
 

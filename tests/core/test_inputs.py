@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cot_distill.core.settings import Part, kind_of
 
 from cot_distill.batch.plan import Job, is_done, plan_jobs
 from cot_distill.batch.run import prepare_batch
@@ -25,6 +24,7 @@ from cot_distill.core.inputs import (
     stages_of,
 )
 from cot_distill.core.runs import RunFolder, open_run
+from cot_distill.core.settings import Part, kind_of
 
 PARTS = [p for p in vars(config).values() if isinstance(p, type) and issubclass(p, Part)]
 KEYS = sorted({name for part in PARTS for name in part.model_fields})

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from cot_distill.core.settings import StudentConfig
 
 from cot_distill.core.config import StudyConfig, parse_study
 from cot_distill.core.files import write_parquet
 from cot_distill.core.problems import load_problems
 from cot_distill.core.runs import RunFolder
+from cot_distill.core.settings import StudentConfig
 from cot_distill.student.model import load_tokenizer
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cot_distill.core.settings import StudentConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cot_distill.core.errors import InputError
 from cot_distill.core.problems import load_problems
+from cot_distill.core.settings import StudentConfig
 from cot_distill.student import slots
 from cot_distill.student.engines import Completion, bytes_a_slot, decode, lay_out, slots_that_fit
 from cot_distill.student.lora import use_adapter
