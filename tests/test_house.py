@@ -121,7 +121,8 @@ def test_nothing_heavy_loads_before_it_is_needed(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-NOTEBOOKS = sorted(path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb"))
+FOUND = [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs").glob("[!.]*/*.ipynb")]
+NOTEBOOKS = sorted(path.relative_to(ROOT / "nbs") for path in FOUND)
 CHAPTERS = [path for path in NOTEBOOKS if path.name[0].isdigit()]
 
 

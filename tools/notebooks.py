@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 
 
 def main() -> None:
-    found = sorted((ROOT / "nbs").glob("*/*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb"))
+    found = sorted((ROOT / "nbs").glob("[!.]*/*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb"))
     asked = {ROOT / "nbs" / f"{name}.ipynb" for name in sys.argv[1:]}
     if unknown := asked - set(found):
         sys.exit(f"no such notebook: {', '.join(str(p.relative_to(ROOT)) for p in unknown)}")

@@ -259,11 +259,12 @@ def _stage_notebooks(root: Path, staged: Path) -> None:
 def staged_notebooks(
     root: Path,
 ) -> dict[Path, tuple[Path, dict[str, Any]]]:  # place in the site -> notebook, more of its page
-    "Chapters and reports; nobody searches or edits a report"
-    found = [*(root / "nbs").glob("*.ipynb"), *(root / "nbs").glob("*/*.ipynb")]
+    "Chapters and reports; nobody searches or edits a report, and JupyterLab's copies stay here"
+    found = [*(root / "nbs").glob("*.ipynb"), *(root / "nbs").glob("[!.]*/*.ipynb")]
     found.remove(root / "nbs" / "index.ipynb")  # it is the README
     pages = {path.relative_to(root): (path, {}) for path in sorted(found)}
-    for path in sorted((root / "reports").rglob("*.ipynb")):
+    reports = sorted((root / "reports").rglob("*.ipynb"))
+    for path in [p for p in reports if not p.parent.name.startswith(".")]:
         folder, front = path.parent, {"search": False, "repo-actions": False}
         if folder.name == "reports":  # of a run
             folder = folder.parent

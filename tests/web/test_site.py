@@ -27,7 +27,7 @@ from cot_distill.web.pages import notebook_html, page, readable_html
 from cot_distill.web.quarto import quarto_notebook, raw_html, signatures
 from cot_distill.web.run_pages import render_reports
 from cot_distill.web.safety import refuse_to_publish, safe_html, scan_text, visible
-from cot_distill.web.site import make_site, stage_site
+from cot_distill.web.site import make_site, stage_site, staged_notebooks
 
 HOSTILE = (
     "<script>window.broken = 1</script><img src=x onerror='window.broken=1'> \x1b[31mred\x1b[2J "
@@ -713,7 +713,7 @@ def test_figures_of_the_site_have_descriptions(staged: Path) -> None:
 
 
 def test_every_chapter_holds_the_signatures_of_its_functions(staged: Path) -> None:
-    for path in (ROOT / "nbs").glob("*/*.ipynb"):
+    for path in (ROOT / "nbs").glob("[!.]*/*.ipynb"):
         exported = [
             c.source for c in nbformat.read(path, 4).cells if c.source.startswith("#| export")
         ]
@@ -723,6 +723,15 @@ def test_every_chapter_holds_the_signatures_of_its_functions(staged: Path) -> No
                 r"^(?:async )?(?:def|class) ([a-zA-Z]\w*)", source, flags=re.MULTILINE
             ):
                 assert f"{{#api-{name} .signature}}" in page_text, (path, name)
+
+
+def test_what_jupyterlab_keeps_beside_notebooks_is_not_staged(tmp_path: Path) -> None:
+    kept = ".ipynb_checkpoints/00_x-checkpoint"
+    for name in ("nbs/index", "nbs/00_x", f"nbs/{kept}", f"nbs/core/{kept}", f"reports/a/{kept}"):
+        path = tmp_path / f"{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert list(staged_notebooks(tmp_path)) == [Path("nbs/00_x.ipynb")]
 
 
 def test_a_signature_ends_with_its_docstring() -> None:
