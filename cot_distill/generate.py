@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from . import grading
 from .asking.cards import GenerateSummary, write_card
 from .asking.ledger import Ledger, read_attempts
 from .asking.loop import ask_missing
@@ -23,7 +24,6 @@ from .core.files import write_parquet
 from .core.inputs import begin_stage, finish_stage, stage_inputs
 from .core.problems import study_problems
 from .core.runs import RunFolder, record_run
-from .grading import final_answer, is_correct
 from .reading.format import equations
 from .teachers import open_teacher, study_questions, teacher_class
 
@@ -48,8 +48,10 @@ def grade(
 ) -> dict[str, Any]:  # completion, final_answer, is_correct, kept, drop_reason
     "One graded rationale"
     cut = answer.status == "truncated"
-    found = final_answer(answer.text, truncated=cut) if answer.text.strip() else None
-    correct = bool(answer.text.strip()) and is_correct(answer.text, reference_answer, truncated=cut)
+    found = grading.final_answer(answer.text, truncated=cut) if answer.text.strip() else None
+    correct = bool(answer.text.strip()) and grading.is_correct(
+        answer.text, reference_answer, truncated=cut
+    )
     reason = DROP_FOR_STATUS.get(answer.status) or (None if answer.status == "ok" else "failed")
     if reason is None and not correct and not keep_wrong:
         reason = "unparsable" if found is None else "wrong"

@@ -14,16 +14,12 @@ import papermill
 import pytest
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
-from places import ROOT
+from places import NOTEBOOKS, ROOT
 from tiny_student import make_student, make_study, write_rationales
 
-from cot_distill.batch.report import trim_chapter
 from cot_distill.core.runs import open_run
 from cot_distill.train import run_train
 
-NOTEBOOKS = sorted(
-    p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts
-)
 NUMBERED = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
 STAGES = [p for p in NUMBERED if p.name[:2] in ("01", "02", "03")]
 
@@ -131,10 +127,8 @@ def test_chapters_know_repeats_and_samples(
         write_rationales(run, 8)
         run_train(study, student, run)
     asked = {"config": str(run.config_file), "teacher": student, "run_dir": str(run.path)}
-    whole = json.loads((ROOT / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))
-    (tmp_path / "in.ipynb").write_text(json.dumps(trim_chapter(whole)), encoding="utf-8")
     papermill.execute_notebook(
-        str(tmp_path / "in.ipynb"),
+        str(ROOT / f"nbs/{chapter}.ipynb"),
         str(tmp_path / "out.ipynb"),
         asked,
         cwd=str(ROOT / "nbs"),

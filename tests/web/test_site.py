@@ -17,7 +17,7 @@ import yaml
 from bs4 import BeautifulSoup
 from made_run import make_run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from places import ROOT
+from places import NOTEBOOKS, ROOT
 
 from cot_distill.core.errors import InputError
 from cot_distill.core.runs import RunFolder
@@ -713,7 +713,7 @@ def test_figures_of_the_site_have_descriptions(staged: Path) -> None:
 
 
 def test_every_chapter_holds_the_signatures_of_its_functions(staged: Path) -> None:
-    for path in (ROOT / "nbs").glob("[!.]*/*.ipynb"):
+    for path in [path for path in NOTEBOOKS if path.parent.name != "nbs"]:
         exported = [
             c.source for c in nbformat.read(path, 4).cells if c.source.startswith("#| export")
         ]
