@@ -11,7 +11,7 @@ import html
 import re
 import unicodedata
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 
 # %% ../../nbs/grading/numbers.ipynb #41acc490
 STAND_INS = {
@@ -113,6 +113,7 @@ _SPOKEN = [
 ]
 
 # %% ../../nbs/grading/numbers.ipynb #65d2d0d3
+@lru_cache(maxsize=8)
 def undress(
     text: str,  # part of a completion
 ) -> str:  # the same words and numbers without markup
