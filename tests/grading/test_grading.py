@@ -338,6 +338,8 @@ ATTACKS += [
     "The answer is " + "1*" * 490 + "\n",
     "in 5 of 6 ",
 ]
+NO_LINE_TWICE = "".join(f"The answer is {n}+1. " for n in range(20_000))  # nothing to remember
+ATTACKS += [pytest.param(NO_LINE_TWICE, id="no line twice")]
 
 
 @pytest.mark.parametrize("unit", ATTACKS)
